@@ -1,0 +1,54 @@
+"""See how signals move through a PyTorch model, change it with a published technique, prove that it helped.
+
+>>> import headway as hw
+>>> flow = hw.probe(model, batch)                  # see
+>>> model = hw.apply(model, hw.PeriLN())           # change
+>>> table = hw.compare("digits", ["baseline", "unified-norm"])   # prove
+"""
+
+from headway._lazy import attach as _attach
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    # see
+    "probe": "headway.signals.probe",
+    "watch": "headway.signals.watch",
+    "Flow": "headway.signals.flow",
+    "compare_normalizers": "headway.signals.comparison",
+    # change
+    "apply": "headway.surgery",
+    "plan": "headway.surgery",
+    "undo": "headway.surgery",
+    "history": "headway.surgery",
+    "Technique": "headway.surgery",
+    "Site": "headway.surgery",
+    "Replace": "headway.surgery",
+    "NothingToChange": "headway.surgery",
+    "save_pretrained": "headway.checkpoints",
+    "load_pretrained": "headway.checkpoints",
+    # prove
+    "compare": "headway.trials.compare",
+    "Comparison": "headway.trials.comparison",
+    "claim": "headway.claims.measure",
+    "methods": "headway.catalogue",
+    "technique": "headway.catalogue",
+    # techniques
+    "PreRMSNorm": "headway.residual.pre_rms",
+    "PeriLN": "headway.residual.peri_ln",
+    "MixLN": "headway.residual.mix_ln",
+    "Placement": "headway.residual.placement",
+    "ScaleResiduals": "headway.residual.depth",
+    "FoldNorms": "headway.norms.folding",
+    "LayerNormRecurrent": "headway.norms.recurrent",
+    # rooms
+    "norms": "headway.norms:",
+    "residual": "headway.residual:",
+    "signals": "headway.signals:",
+    "tasks": "headway.tasks:",
+    "trials": "headway.trials:",
+    "claims": "headway.claims:",
+    "anatomy": "headway.anatomy:",
+    "functional": "headway.functional:",
+}
+__getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -1,0 +1,199 @@
+"""The one table of techniques: key, what changes a model, paper, what it takes, and the claim that proves it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from headway.surgery import Replace, Technique
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published system.
+
+    Attributes:
+        key: its name on the command line ("peri-ln").
+        name: its name for people.
+        paper, year, arxiv: where it comes from.
+        technique: "module:Class" of what ``apply`` takes, or None where the system is a tool.
+        takes: what a model must hold for it.
+        use: when to reach for it, one line.
+        see: "module" whose docstring is its page.
+    """
+
+    key: str
+    name: str
+    paper: str
+    year: int
+    arxiv: str
+    technique: str | None
+    takes: str
+    use: str
+    see: str
+
+    @property
+    def claim(self) -> str:
+        return self.key.replace("-", "_")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "paper": self.paper,
+            "year": self.year,
+            "arxiv": self.arxiv,
+            "technique": self.technique,
+            "takes": self.takes,
+            "use": self.use,
+        }
+
+
+_METHODS = [
+    Method(
+        "beyond-batchnorm",
+        "Signal propagation probe",
+        "Beyond BatchNorm: Towards a Unified Understanding of Normalization in Deep Learning",
+        2021,
+        "2106.05956",
+        None,
+        "any nn.Module and one batch",
+        "see where samples collapse, activations explode or gradients vanish, before a long run",
+        "headway.signals.probe",
+    ),
+    Method(
+        "layer-norm",
+        "Layer normalisation and layer-normalised recurrent nets",
+        "Layer Normalization",
+        2016,
+        "1607.06450",
+        "headway.norms.recurrent:LayerNormRecurrent",
+        "nn.LSTM, nn.GRU, nn.RNN",
+        "train recurrent nets faster and at any batch size; LayerNorm over any axes",
+        "headway.norms.recurrent",
+    ),
+    Method(
+        "unified-norm",
+        "Unified Normalization",
+        "Unified Normalization for Accelerating and Stabilizing Transformers",
+        2022,
+        "2208.01313",
+        "headway.norms.unified:UnifiedNorm",
+        "nn.LayerNorm over the last axis",
+        "train a Pre-LN transformer whose norms fold away at inference",
+        "headway.norms.unified",
+    ),
+    Method(
+        "power-norm",
+        "PowerNorm",
+        "PowerNorm: Rethinking Batch Normalization in Transformers",
+        2020,
+        "2003.07845",
+        "headway.norms.power:PowerNorm",
+        "nn.LayerNorm over the last axis",
+        "batch statistics that survive transformer training, fixed at inference",
+        "headway.norms.power",
+    ),
+    Method(
+        "pre-rms-norm",
+        "Pre-RMSNorm and Pre-CRMSNorm",
+        "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers",
+        2023,
+        "2305.14858",
+        "headway.residual.pre_rms:PreRMSNorm",
+        "a Pre-LN transformer",
+        "the cheaper RMSNorm in a trained Pre-LN model without changing a prediction",
+        "headway.residual.pre_rms",
+    ),
+    Method(
+        "peri-ln",
+        "Peri-LN",
+        "Peri-LN: Revisiting Normalization Layer in the Transformer Architecture",
+        2025,
+        "2502.02732",
+        "headway.residual.peri_ln:PeriLN",
+        "a transformer of a known family",
+        "hidden states that grow with depth, overflow in half precision, or break at high rates",
+        "headway.residual.peri_ln",
+    ),
+    Method(
+        "mix-ln",
+        "Mix-LN",
+        "Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN",
+        2024,
+        "2412.13795",
+        "headway.residual.mix_ln:MixLN",
+        "a transformer of a known family",
+        "deep Pre-LN layers that do next to nothing",
+        "headway.residual.mix_ln",
+    ),
+    Method(
+        "residual-depth",
+        "Residual branch scaling and expansion",
+        "On residual network depth",
+        2025,
+        "2510.03470",
+        "headway.residual.depth:ScaleResiduals",
+        "a residual network",
+        "train very deep residual nets without normalisation, and see which orders of paths matter",
+        "headway.residual.depth",
+    ),
+]
+_BY_KEY = {method.key: method for method in _METHODS}
+
+
+def methods() -> list[Method]:
+    """Every technique and tool of the catalogue."""
+    return list(_METHODS)
+
+
+def method(key: str) -> Method:
+    """The catalogue's row for ``key``; ValueError with the nearest names for an unknown one."""
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    near = difflib.get_close_matches(key, _BY_KEY, n=3, cutoff=0.4) or sorted(_BY_KEY)
+    raise ValueError(f"there is no method {key!r}; did you mean {' or '.join(near)}? `headway methods` lists them all")
+
+
+def technique(key: str, **settings: Any) -> Technique:
+    """The technique behind a catalogue key, with settings: ``technique("peri-ln", eps=1e-5)``.
+
+    The key may carry its settings itself: ``technique("unified-norm(warmup_iters=100)")``.
+
+    Raises:
+        ValueError: unknown key, a system that is a tool and changes nothing, or settings that are no Python literals.
+        TypeError: a setting the technique does not have.
+    """
+    key, written = parse(key)
+    row = method(key)
+    if row.technique is None:
+        raise ValueError(f"{key} is a tool and changes no model; see `headway show {key}`")
+    module, _, name = row.technique.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    settings = {**written, **settings}
+    if not issubclass(kind, Technique):
+        return Replace(kind, **settings)
+    accepted = inspect.signature(kind).parameters
+    if unknown := sorted(settings.keys() - accepted.keys()):
+        raise TypeError(f"{key} has no setting {', '.join(unknown)}; it takes {', '.join(accepted)}")
+    return kind(**settings)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Splits ``"peri-ln(eps=1e-5)"`` into the key and its settings (Python literals, never evaluated)."""
+    key, bracket, inner = text.strip().partition("(")
+    if not bracket:
+        return key.strip(), {}
+    message = f"{text!r} was not understood; write key(name=value, ...) with plain Python values, e.g. peri-ln(eps=1e-5)"
+    try:
+        call = ast.parse(f"f({inner}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError(message)
+        return key.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(message) from None
