@@ -189,7 +189,9 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     key, bracket, inner = text.strip().partition("(")
     if not bracket:
         return key.strip(), {}
-    message = f"{text!r} was not understood; write key(name=value, ...) with plain Python values, e.g. peri-ln(eps=1e-5)"
+    message = (
+        f"{text!r} was not understood; write key(name=value, ...) with plain Python values, e.g. peri-ln(eps=1e-5)"
+    )
     try:
         call = ast.parse(f"f({inner}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):

@@ -46,7 +46,8 @@ def paired(
     Each round repeats the call often enough to last about a millisecond, after a warm-up of both.
     """
     for call in (ours, theirs):
-        call(), call()
+        call()
+        call()
     slowest = max(_once(ours, 1), _once(theirs, 1), 1e-9)
     repeats = max(1, round(1e-3 / slowest))
     a: list[float] = []
@@ -64,7 +65,12 @@ def paired(
     ratios = sorted(y / x for x, y in zip(a, b, strict=True))
     quarter = len(ratios) // 4
     return Paired(
-        statistics.median(a), statistics.median(b), statistics.median(ratios), ratios[quarter], ratios[-1 - quarter], len(a)
+        statistics.median(a),
+        statistics.median(b),
+        statistics.median(ratios),
+        ratios[quarter],
+        ratios[-1 - quarter],
+        len(a),
     )
 
 

@@ -233,7 +233,7 @@ class Replace(Technique):
                 f"{getattr(layer, '__name__', layer)!s} cannot stand in for another module: it has no from_module; "
                 "write a Technique whose change(site) returns the new module"
             )
-        accepted = inspect.signature(layer.from_module).parameters
+        accepted = inspect.signature(layer.from_module).parameters  # type: ignore[attr-defined]
         free = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         known = accepted if not free else {**accepted, **inspect.signature(layer.__init__).parameters}
         if unknown := sorted(settings.keys() - known.keys()):
@@ -344,12 +344,16 @@ def apply(
         TypeError: the model is wrapped, or something that is no technique was given.
     """
     if not techniques:
-        raise TypeError("apply needs at least one technique, e.g. hw.apply(model, hw.PeriLN()); hw.methods() lists them all")
+        raise TypeError(
+            "apply needs at least one technique, e.g. hw.apply(model, hw.PeriLN()); hw.methods() lists them all"
+        )
     chosen = tuple(as_technique(technique) for technique in techniques)
     _refuse_wrapped(model)
     if copy:
         if optimizer is not None:
-            raise ValueError("copy=True and optimizer= exclude each other: the optimiser holds the parameters of the original")
+            raise ValueError(
+                "copy=True and optimizer= exclude each other: the optimiser holds the parameters of the original"
+            )
         model = copying.deepcopy(model)
     holders = _optimizer_owners(model, optimizer)
     step, model = _run(model, chosen, where)
@@ -363,7 +367,9 @@ def apply(
 def plan(model: nn.Module, *techniques: Technique | type, where: Where | None = None) -> Plan:
     """Answers what :func:`apply` would do, and leaves the model and the random generator as they were."""
     if not techniques:
-        raise TypeError("plan needs at least one technique, e.g. hw.plan(model, hw.PeriLN()); hw.methods() lists them all")
+        raise TypeError(
+            "plan needs at least one technique, e.g. hw.plan(model, hw.PeriLN()); hw.methods() lists them all"
+        )
     chosen = tuple(as_technique(technique) for technique in techniques)
     _refuse_wrapped(model)
     with torch.random.fork_rng():
@@ -383,7 +389,9 @@ def undo(model: nn.Module, steps: int = 1) -> nn.Module:
     """
     done = _HISTORY.get(model, [])
     if steps < 1 or steps > len(done):
-        raise ValueError(f"undo was asked for {steps} step(s), and {len(done)} call(s) of apply are recorded for this model")
+        raise ValueError(
+            f"undo was asked for {steps} step(s), and {len(done)} call(s) of apply are recorded for this model"
+        )
     for step in done[-steps:]:
         for technique in step.techniques:
             if not technique.undoable:
@@ -439,11 +447,17 @@ def _refuse_wrapped(model: nn.Module) -> None:
         kind = type(module).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "OptimizedModule"):
             verb = "torch.compile" if kind == "OptimizedModule" else kind
-            raise TypeError(f"the model is already wrapped by {verb}; change the plain model first and wrap it afterwards")
+            raise TypeError(
+                f"the model is already wrapped by {verb}; change the plain model first and wrap it afterwards"
+            )
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError("the model is already compiled in place; change it first and call model.compile() afterwards")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError("the model is a TorchScript module, whose code is fixed; change the Python model and script it after")
+            raise TypeError(
+                "the model is already compiled in place; change it first and call model.compile() afterwards"
+            )
+        if type(module).__module__.startswith("torch.jit"):
+            raise TypeError(
+                "the model is a TorchScript module, whose code is fixed; change the Python model and script it after"
+            )
 
 
 def _run(model: nn.Module, techniques: Sequence[Technique], where: Where | None) -> tuple[_Step, nn.Module]:

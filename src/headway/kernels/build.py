@@ -83,7 +83,9 @@ def build(operations: Iterable[str] = (), into: Path = NATIVE, force: bool = Fal
         if not force and target.exists() and target.stat().st_mtime > newest:
             return "fresh"
         part = target.with_suffix(f".{os.getpid()}.part")
-        done = subprocess.run([cxx, *FLAGS, *includes, str(source), "-o", str(part), *links], capture_output=True, text=True)
+        done = subprocess.run(
+            [cxx, *FLAGS, *includes, str(source), "-o", str(part), *links], capture_output=True, text=True
+        )
         if done.returncode:
             part.unlink(missing_ok=True)
             return done.stderr.strip() or f"{cxx} ended with {done.returncode}"

@@ -1,0 +1,44 @@
+# make compare   install headway here and compare normalisation techniques on a small language model; prints where the report lies
+# make test      install headway here and run style checks, types and tests
+# make docs      build the documentation site into site/
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: install compare test lint docs bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headway needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed
+	@$(BIN)/python -m headway.kernels.build || true
+
+compare: install
+	$(BIN)/headway compare
+
+test: $(VENV)/.installed-dev install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build -q --strict && echo "open site/index.html"
+
+bench: install
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist site src/*.egg-info src/headway/kernels/native
