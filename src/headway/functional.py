@@ -3,13 +3,13 @@
 from headway._lazy import attach as _attach
 
 _NAMES = {
-    "layer_norm": "headway.kernels.layer_norm",
+    "layer_norm": "headway.kernels.norms",
     "layer_norm_dims": "headway.norms.layer",
-    "rms_norm": "headway.kernels.rms_norm",
-    "crms_norm": "headway.kernels.rms_norm",
-    "add_norm": "headway.kernels.add_norm",
-    "add_rms_norm": "headway.kernels.add_norm",
-    "norm_add_norm": "headway.kernels.norm_add_norm",
+    "rms_norm": "headway.kernels.norms",
+    "crms_norm": "headway.kernels.norms",
+    "add_norm": "headway.kernels.norms",
+    "add_rms_norm": "headway.kernels.norms",
+    "norm_add_norm": "headway.kernels.norms",
     "unified_norm_eval": "headway.norms.unified",
     "group_scaling": "headway.norms.power",
     "scaled_add": "headway.residual.depth",

@@ -28,6 +28,7 @@ FLAGS = [
     "-fno-signed-zeros",
     "-fassociative-math",
     "-fopenmp-simd",
+    "-fno-strict-aliasing",
     "-fvisibility=hidden",
     "-Wno-psabi",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",

@@ -1,0 +1,22 @@
+"""Small real tasks on embedded data, and loaders of the real formats."""
+
+from headway._lazy import attach as _attach
+
+_NAMES = {
+    "Task": "headway.tasks.task",
+    "get": "headway.tasks.task",
+    "names": "headway.tasks.task",
+    "Batches": "headway.tasks.batches",
+    "StdlibText": "headway.tasks.text",
+    "TextFiles": "headway.tasks.text",
+    "Digits": "headway.tasks.digits",
+    "DigitsViT": "headway.tasks.digits",
+    "MNIST": "headway.tasks.digits",
+    "CIFAR": "headway.tasks.digits",
+    "read_idx": "headway.tasks.idx",
+    "read_cifar": "headway.tasks.cifar",
+    "read_text": "headway.tasks.text_files",
+    "DataError": "headway.tasks.files",
+    "data_folder": "headway.tasks.files",
+}
+__getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
