@@ -1,0 +1,193 @@
+"""One technique that moves the norms of an existing transformer to any place: see :mod:`headway.residual.placements`.
+
+The function the model computes changes, so reach for it before training from scratch; a trained model has to be trained again.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from headway.anatomy import Anatomy, Block, UnknownFamily, describe
+from headway.checkpoints import record
+from headway.residual.placements import SCHEMES, placements
+from headway.residual.rewiring import KINDS, rewire
+from headway.residual.transformer import TransformerBlock, make_norm
+from headway.surgery import Edit, SetAttribute, Site, Swap, Technique
+
+
+class PretrainedWeightsWarning(UserWarning):
+    """The placement of a model with trained weights was changed: the weights now compute another function."""
+
+
+@dataclass(frozen=True)
+class Placement(Technique):
+    """Places the norms of every layer as ``scheme`` says.
+
+    Works on stacks of ``nn.TransformerEncoderLayer``/``DecoderLayer``, headway's own transformer, and Hugging Face GPT-2,
+    Llama, Mistral, Qwen2, Qwen3, GPT-NeoX (sequential), ViT, BERT and RoBERTa. Parameter names stay; "peri" adds output norms.
+
+    Args:
+        scheme: "pre", "post", "peri", "output", "deepnorm", "layernorm_scaling" or "mix".
+        alpha, order, n_post: for "mix", see :func:`headway.residual.placements.placements`.
+        output_gain: start of the gains of the output norms under "peri".
+        norm: "layernorm" or "rmsnorm" for the output norms; the kind the layer already uses by default.
+        eps: of the output norms; that of the layer's norms by default.
+        copy_gains: keep the gains the input norms have; False starts them afresh.
+
+    Raises:
+        ValueError: unknown scheme or settings out of range.
+        UnknownFamily: the model holds no layer of a known family.
+        TypeError: a layer's residual structure cannot be rewired (parallel branches, or a family that is not listed).
+    """
+
+    looks_for: ClassVar[str] = "transformer layers whose norms are not yet placed so"
+
+    scheme: str = "peri"
+    alpha: float = 0.25
+    order: str = "post_pre"
+    n_post: int | None = None
+    output_gain: float = 1.0
+    norm: str | None = None
+    eps: float | None = None
+    copy_gains: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scheme not in (*SCHEMES, "mix"):
+            raise ValueError(f"unknown placement {self.scheme!r}; choose one of {', '.join((*SCHEMES, 'mix'))}")
+        if self.norm not in (None, "layernorm", "rmsnorm"):
+            raise ValueError(f"norm must be 'layernorm' or 'rmsnorm'; {self.norm!r} was given")
+
+    def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
+        anatomy = describe(model)
+        wanted = placements(len(anatomy.blocks), self.scheme, self.alpha, self.order, self.n_post)
+        allowed = {site.name for site in sites}
+        found: list[Edit] = []
+        for block, placement in zip(anatomy.blocks, wanted, strict=True):
+            if block.name in allowed:
+                found += self._move(model, anatomy, block, placement)
+        if not found:
+            return []
+        self._warn(model, anatomy)
+        return [*found, *_nested_tensors_off(model), *record(model, self)]
+
+    def _move(self, model: nn.Module, anatomy: Anatomy, block: Block, placement: str) -> list[Edit]:
+        layer = model.get_submodule(block.name)
+        if block.placement == placement:
+            return []
+        if isinstance(layer, TransformerBlock):
+            new: Any = _shallow(layer)
+            new.placement = placement
+        elif block.placement == "parallel" or not any(kind.__name__ in KINDS for kind in type(layer).__mro__):
+            raise TypeError(
+                f"the norms of {type(layer).__name__} ({block.name}) cannot be moved: its branches are "
+                f"{block.placement}; layers that can be rewired: {', '.join(KINDS)}"
+            )
+        else:
+            closing = self._closing(model, anatomy, block, placement)
+            plain = not hasattr(type(layer), "original")
+            if plain and anatomy.family == "torch.nn" and placement in ("pre", "post") and closing is None:
+                return [SetAttribute(layer, "norm_first", placement == "pre", name=block.name)]
+            new = rewire(layer, placement, block.index, len(anatomy.blocks))
+            if closing is not None:
+                new.closing_norm = closing
+        for sublayer in block.sublayers:
+            norm = model.get_submodule(sublayer.norm) if sublayer.norm else None
+            if norm is None:
+                raise TypeError(f"{block.name} has no norm on its {sublayer.kind} branch that could be moved")
+            if placement == "peri":
+                name = f"{sublayer.kind}_output_norm"
+                setattr(new, name, self._fresh(norm, anatomy.hidden_size, self.output_gain))
+        found: list[Edit] = [Swap(model, block.name, layer, new)]
+        if not self.copy_gains:
+            for sublayer in block.sublayers:
+                old = model.get_submodule(sublayer.norm or "")
+                found.append(Swap(new, sublayer.norm or "", old, self._fresh(old, anatomy.hidden_size, 1.0)))
+        return found
+
+    def _fresh(self, like: nn.Module, width: int, gain: float) -> nn.Module:
+        """A norm of the kind, type and device of ``like`` with its gain started at ``gain``."""
+        reference = next(like.parameters(), torch.empty(0))
+        if self.norm is None:
+            new = copy.deepcopy(like)
+            if self.eps is not None:
+                for attribute in ("eps", "variance_epsilon"):
+                    if hasattr(new, attribute):
+                        setattr(new, attribute, self.eps)
+        else:
+            new = make_norm(self.norm, width, self.eps).to(reference.device, reference.dtype)
+        if isinstance(weight := getattr(new, "weight", None), nn.Parameter):
+            nn.init.constant_(weight, gain - getattr(new, "gain_offset", 0.0))
+        if isinstance(bias := getattr(new, "bias", None), nn.Parameter):
+            nn.init.zeros_(bias)
+        return new.train(like.training)
+
+    def _closing(self, model: nn.Module, anatomy: Anatomy, block: Block, placement: str) -> nn.Module | None:
+        """A final norm for a stack that has none and whose last layer no longer ends in one."""
+        last = block.name == anatomy.blocks[-1].name and bool(block.name)
+        if not last or anatomy.final_norm is not None or placement in ("post", "deepnorm"):
+            return None
+        if block.placement not in ("post", "deepnorm"):
+            return None
+        return self._fresh(model.get_submodule(block.sublayers[-1].norm or ""), anatomy.hidden_size, 1.0)
+
+    def _warn(self, model: nn.Module, anatomy: Anatomy) -> None:
+        if getattr(model, "name_or_path", ""):
+            warnings.warn(
+                f"{type(model).__name__} was loaded from trained weights; with its norms placed {self.scheme!r} they compute "
+                "another function and need training",
+                PretrainedWeightsWarning,
+                stacklevel=6,
+            )
+        if self.scheme != "peri":
+            return
+        for block in anatomy.blocks:
+            for sublayer in block.sublayers:
+                writer = getattr(model.get_submodule(sublayer.writer), "weight", None)
+                readers = [getattr(model.get_submodule(name), "weight", None) for name in sublayer.readers]
+                if writer is None or not writer.numel():
+                    continue
+                if not writer.detach().any():
+                    warnings.warn(
+                        f"{sublayer.writer} is all zeros: its output norm amplifies the gradient by 1/sqrt(eps); start it at random",
+                        stacklevel=6,
+                    )
+                    return
+                spread = [w.detach().std().item() for w in readers if w is not None and w.numel() > 1]
+                depth = (2 * len(anatomy.blocks)) ** -0.5
+                ratio = writer.detach().std().item() / max(spread[0], 1e-12) if spread else 1.0
+                if len(anatomy.blocks) > 1 and abs(ratio / depth - 1) < 0.1:
+                    warnings.warn(
+                        f"{sublayer.writer} was started 1/sqrt(2L) smaller; under Peri-LN its output norm cancels that scale",
+                        stacklevel=6,
+                    )
+                    return
+
+
+def _shallow(layer: nn.Module) -> nn.Module:
+    """Another module of the same class that shares all children and parameters."""
+    new = type(layer).__new__(type(layer))
+    new.__dict__.update(layer.__dict__)
+    for table in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[table] = dict(layer.__dict__[table])
+    return new
+
+
+def _nested_tensors_off(model: nn.Module) -> list[Edit]:
+    """torch's encoder packs padded batches into nested tensors, which only its own layer's forward understands."""
+    return [
+        SetAttribute(module, attribute, False, name=f"{name}.{attribute}" if name else attribute)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoder)
+        for attribute in ("enable_nested_tensor", "use_nested_tensor")
+        if getattr(module, attribute, False)
+    ]
+
+
+__all__ = ["Placement", "PretrainedWeightsWarning", "UnknownFamily"]

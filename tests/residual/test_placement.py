@@ -1,0 +1,192 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from model_families import IDS, MOVABLE, build, run
+from torch import nn
+
+import headway as hw
+from headway.anatomy import describe
+from headway.residual.placement import Placement, PretrainedWeightsWarning
+from headway.residual.rewiring import KINDS, rewire
+from headway.surgery import Swap
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SCHEMES = ["pre", "post", "peri", "output", "deepnorm", "layernorm_scaling", "mix"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MOVABLE)
+def test_every_family_takes_every_placement_and_comes_back(name, scheme):
+    model = build(name)
+    before = run(name, model)
+    placed = {block.placement for block in describe(model).blocks}
+    if placed == {scheme}:
+        with pytest.raises(hw.NothingToChange):
+            hw.apply(model, Placement(scheme))
+        return
+    hw.apply(model, Placement(scheme))
+    after = run(name, model)
+    assert after.isfinite().all() and not torch.equal(after, before)
+    after.sum().backward()
+    assert torch.equal(run(name, copy.deepcopy(model)), after)
+    assert torch.equal(run(name, pickle.loads(pickle.dumps(model))), after)
+    hw.undo(model)
+    assert torch.equal(run(name, model), before)
+
+
+@pytest.mark.parametrize("name", [name for name in MOVABLE if name != "headway"])
+def test_a_layer_rewired_to_the_placement_it_has_computes_the_same_bits(name):
+    model = build(name)
+    before = run(name, model)
+    for block in describe(model).blocks:
+        layer = model.get_submodule(block.name)
+        Swap(model, block.name, layer, rewire(layer, block.placement, block.index, 4)).do()
+    assert torch.allclose(run(name, model), before, atol=1e-6)
+    assert isinstance(model.get_submodule(block.name), type(layer)) and type(layer).__name__ in KINDS
+
+
+@pytest.mark.parametrize("scheme", ["peri", "mix"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_generation_with_and_without_cache_agrees(name, scheme):
+    model = hw.apply(build(name), Placement(scheme))
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS), "pad_token_id": 0}
+    cached = model.generate(IDS, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(IDS, use_cache=False, **options))
+
+
+def test_gradient_checkpointing_keeps_the_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        model = hw.apply(build("llama"), hw.PeriLN()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(IDS, labels=IDS).loss.backward()
+        grads.append(model.model.layers[0].mlp.down_proj.weight.grad)
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_parameter_names_stay_and_peri_adds_only_output_norms():
+    model = build("llama")
+    names = set(model.state_dict())
+    hw.apply(model, hw.MixLN())
+    assert set(model.state_dict()) == names
+    hw.undo(model)
+    hw.apply(model, hw.PeriLN())
+    added = set(model.state_dict()) - names
+    assert len(added) == 8 and all("output_norm" in name for name in added)
+
+
+@pytest.mark.parametrize("name", ["torch pre", "torch post"])
+def test_padding_masks_and_the_fast_path_of_torch_do_not_bypass_the_rewiring(name):
+    model = build(name)
+    model.enable_nested_tensor = model.use_nested_tensor = True
+    hw.apply(model, hw.PeriLN())
+    x, mask = torch.randn(2, 6, 32), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    with torch.no_grad():
+        quiet = model(x, src_key_padding_mask=mask)
+    assert torch.allclose(quiet, model(x, src_key_padding_mask=mask), atol=1e-6)
+
+
+def test_torch_decoder_layers_are_moved_too():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, 0.0, batch_first=True), 4).eval()
+    target, memory = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    before = model(target, memory)
+    hw.apply(model, hw.PeriLN())
+    assert model(target, memory).isfinite().all() and not torch.equal(model(target, memory), before)
+    hw.undo(model)
+    hw.apply(model, hw.MixLN(alpha=0.5))
+    assert [layer.norm_first for layer in model.layers[:3]] == [False, False, True]
+    hw.undo(model)
+    assert torch.equal(model(target, memory), before)
+
+
+def test_mix_equals_a_torch_stack_built_layer_by_layer():
+    model = build("torch pre")
+    hw.apply(model, hw.MixLN(alpha=0.5))
+    assert [layer.norm_first for layer in model.layers] == [False, False, True, True]
+    layers = []
+    for index, layer in enumerate(model.layers):
+        twin = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=index >= 2)
+        twin.load_state_dict(layer.state_dict())
+        layers.append(twin.eval())
+    x = torch.randn(2, 9, 32)
+    assert torch.allclose(model(x), model.norm(nn.Sequential(*layers)(x)), atol=1e-6)
+
+
+def test_a_post_norm_stack_without_final_norm_gets_one_when_its_last_layer_loses_its_own():
+    model = hw.apply(build("bert"), Placement("pre"))
+    assert isinstance(model.bert.encoder.layer[-1].closing_norm, nn.LayerNorm)
+    stream = {}
+    model.bert.encoder.layer[-1].register_forward_hook(lambda _m, _a, out: stream.update(x=out))
+    model(IDS)
+    assert torch.allclose(stream["x"].mean(-1), torch.zeros(2, 9), atol=1e-5)
+
+
+def test_output_gain_and_the_kind_of_norm_are_settings():
+    model = hw.apply(build("gpt2"), hw.PeriLN(output_gain=0.5, norm="rmsnorm", eps=1e-3))
+    norm = model.transformer.h[0].mlp_output_norm
+    assert isinstance(norm, hw.norms.RMSNorm) and norm.eps == 1e-3 and (norm.weight == 0.5).all()
+
+
+def test_copy_gains_false_starts_the_input_norms_afresh():
+    model = build("gpt2")
+    nn.init.constant_(model.transformer.h[0].ln_1.weight, 3.0)
+    hw.apply(model, hw.PeriLN(copy_gains=False))
+    assert (model.transformer.h[0].ln_1.weight == 1).all()
+    hw.undo(model)
+    assert (model.transformer.h[0].ln_1.weight == 3).all()
+
+
+def test_the_optimiser_receives_the_output_norms():
+    model = build("headway")
+    optimizer = torch.optim.AdamW(model.parameters())
+    hw.apply(model, hw.PeriLN(), optimizer=optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_a_changed_hugging_face_model_survives_the_disk(tmp_path):
+    for technique in (hw.PeriLN(output_gain=0.5), hw.MixLN(alpha=0.5)):
+        model = hw.apply(build("llama"), technique)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        model.save_pretrained(tmp_path / technique.scheme)
+        loaded = hw.load_pretrained(tmp_path / technique.scheme)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    tied = hw.apply(build("gpt2"), hw.PeriLN())
+    tied.save_pretrained(tmp_path / "tied")
+    assert torch.equal(hw.load_pretrained(tmp_path / "tied")(IDS).logits, tied(IDS).logits)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        hw.load_pretrained(tmp_path)
+
+
+def test_trained_weights_zero_projections_and_depth_scaled_starts_are_warned_about():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hw.apply(build("gpt2"), hw.PeriLN())
+    assert any("1/sqrt(2L) smaller" in str(w.message) for w in caught)
+    model = build("headway")
+    nn.init.zeros_(model.blocks[0].mlp.down.weight)
+    with pytest.warns(UserWarning, match="all zeros"):
+        hw.apply(model, hw.PeriLN())
+    model = build("llama")
+    model.name_or_path = model.config._name_or_path = "someone/trained"
+    with pytest.warns(PretrainedWeightsWarning, match="need training"):
+        hw.apply(model, hw.MixLN())
+
+
+def test_parallel_branches_and_wrong_settings_are_refused_with_a_sentence():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    with pytest.raises(TypeError, match="branches are parallel"):
+        hw.apply(transformers.GPTNeoXForCausalLM(config), hw.PeriLN())
+    with pytest.raises(ValueError, match="unknown placement 'sideways'"):
+        Placement("sideways")
+    with pytest.raises(ValueError, match="norm must be"):
+        hw.PeriLN(norm="batchnorm")
