@@ -111,6 +111,7 @@ void run_forward(const Tensor& x, const Tensor* residual, const Maybe& weight, c
     using C = headway::arithmetic_t<T>;
     std::vector<C> wroom, broom;
     const C *w = parameter<C>(weight, wroom, offset), *b = parameter<C>(bias, broom);
+    if (b && !w) wroom.assign(n, C(1)), w = wroom.data();
     const bool stream = std::is_same_v<T, float> && n % 16 == 0 && x.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
                         reinterpret_cast<uintptr_t>(y.data_ptr()) % 64 == 0;
     C* kept = stats && stats->numel() ? data<C>(*stats) : nullptr;
@@ -145,21 +146,23 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& gy, const Tensor* 
     using C = headway::arithmetic_t<T>;
     std::vector<C> wroom;
     const C* w = parameter<C>(weight, wroom, offset);
+    const bool sums = want_weight || want_bias;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows, x.numel() / kGrain}));
-    std::vector<C> partial(parts > 1 ? 2 * parts * n : 0);
+    const bool direct = parts == 1 && want_weight && want_bias;
+    std::vector<C> partial(sums && !direct ? 2 * parts * n : 0);
     auto work = [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; p++) {
-        C* pw = parts > 1 ? partial.data() + 2 * p * n : data<C>(gw);
-        C* pb = parts > 1 ? pw + n : data<C>(gb);
-        HEADWAY_CALL(backward_rows<T>, data<T>(gy), gh ? data<T>(*gh) : nullptr, data<T>(x), w, data<C>(stats), data<T>(gx),
-                     want_weight ? pw : nullptr, want_bias ? pb : nullptr, p * rows / parts, (p + 1) * rows / parts, n, rms);
+        C* pw = !sums ? nullptr : direct ? data<C>(gw) : partial.data() + 2 * p * n;
+        C* pb = !sums ? nullptr : direct ? data<C>(gb) : pw + n;
+        HEADWAY_CALL(backward_rows<T>, data<T>(gy), gh ? data<T>(*gh) : nullptr, data<T>(x), w, data<C>(stats), data<T>(gx), pw, pb,
+                     p * rows / parts, (p + 1) * rows / parts, n, rms);
       }
     };
-    if (parts == 1) return work(0, 1);
-    torch::stable::parallel_for(0, parts, 1, work);
-    if (want_weight) add_up(partial, parts, n, data<C>(gw), 0);
-    if (want_bias) add_up(partial, parts, n, data<C>(gb), 1);
+    if (parts == 1) work(0, 1);
+    else torch::stable::parallel_for(0, parts, 1, work);
+    if (want_weight && !direct) add_up(partial, parts, n, data<C>(gw), 0);
+    if (want_bias && !direct) add_up(partial, parts, n, data<C>(gb), 1);
   });
   return {gx, gw, gb};
 }

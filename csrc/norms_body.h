@@ -6,9 +6,17 @@ using headway::arithmetic_t;
 using headway::BFloat16;
 using headway::Half;
 
+// tails and conversions stay out of line: inlined into every variant they would make compiling slow and nothing faster
+#define HEADWAY_APART static __attribute__((noinline))
+#if HEADWAY_LEVEL == 2
+#define HEADWAY_ROW static __attribute__((noinline))
+#else
+#define HEADWAY_ROW static inline
+#endif
+
 static inline void load_row(const float* from, float* to, int64_t n) { std::memcpy(to, from, n * sizeof(float)); }
 static inline void load_row(const double* from, double* to, int64_t n) { std::memcpy(to, from, n * sizeof(double)); }
-static inline void load_row(const BFloat16* from, float* to, int64_t n) {
+HEADWAY_ROW void load_row(const BFloat16* from, float* to, int64_t n) {
   int64_t i = 0;
 #if HEADWAY_LEVEL == 2
   for (; i + 16 <= n; i += 16) {
@@ -34,17 +42,22 @@ static inline uint16_t round_to_bfloat16(float f) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-static inline void store_row(const float* from, BFloat16* to, int64_t n) {
+#if HEADWAY_LEVEL == 2
+// round to nearest, ties to even; a NaN stays one
+static inline __m256i to_bfloat16(__m512 f) {
+  const __m512i u = _mm512_castps_si512(f), top = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+#endif
+HEADWAY_ROW void store_row(const float* from, BFloat16* to, int64_t n) {
   int64_t i = 0;
 #if HEADWAY_LEVEL == 2
   for (; i + 16 <= n; i += 16) {
-    __m512 f = _mm512_loadu_ps(from + i);
-    __m512i u = _mm512_castps_si512(f), top = _mm512_srli_epi32(u, 16);
-    __m512i even = _mm512_and_si512(top, _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), even), 16);
-    __m512i quiet = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
-    __m512i chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), rounded, quiet);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(chosen));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), to_bfloat16(_mm512_loadu_ps(from + i)));
   }
 #elif HEADWAY_LEVEL == 1
   for (; i + 8 <= n; i += 8) {
@@ -76,7 +89,7 @@ static inline float half_to_float(uint16_t h) {
   std::memcpy(&f, &u, 4);
   return f;
 }
-static inline uint16_t float_to_half(float f) {
+HEADWAY_APART uint16_t float_to_half(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   uint32_t sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
@@ -91,7 +104,7 @@ static inline uint16_t float_to_half(float f) {
   uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
-static inline void load_row(const Half* from, float* to, int64_t n) {
+HEADWAY_ROW void load_row(const Half* from, float* to, int64_t n) {
   int64_t i = 0;
 #if HEADWAY_LEVEL == 2
   for (; i + 16 <= n; i += 16)
@@ -102,7 +115,7 @@ static inline void load_row(const Half* from, float* to, int64_t n) {
 #endif
   for (; i < n; i++) to[i] = half_to_float(from[i].bits);
 }
-static inline void store_row(const float* from, Half* to, int64_t n) {
+HEADWAY_ROW void store_row(const float* from, Half* to, int64_t n) {
   int64_t i = 0;
 #if HEADWAY_LEVEL == 2
   for (; i + 16 <= n; i += 16)
@@ -112,17 +125,6 @@ static inline void store_row(const float* from, Half* to, int64_t n) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 #endif
   for (; i < n; i++) to[i].bits = float_to_half(from[i]);
-}
-
-// stores past the caches: what will not be read again soon need not push out what will
-static inline void stream_row(const float* from, float* to, int64_t n) {
-#if HEADWAY_LEVEL == 2
-  for (int64_t i = 0; i < n; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
-#elif HEADWAY_LEVEL == 1
-  for (int64_t i = 0; i < n; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
-#else
-  store_row(from, to, n);
-#endif
 }
 
 // 64 bytes of numbers; the compiler splits them where registers are shorter
@@ -164,215 +166,279 @@ static inline C across(lane_t<C> v) {
   return part[0];
 }
 
-// four independent sums hide the latency of an addition
-template <class C>
-static inline C row_sum(const C* a, int64_t n) {
-  constexpr int64_t W = Lane<C>::width;
-  lane_t<C> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    s0 += get(a + i), s1 += get(a + i + W), s2 += get(a + i + 2 * W), s3 += get(a + i + 3 * W);
+// sixteen (eight, for double) numbers of a row as one lane in the arithmetic type, and back
+template <class T>
+static inline lane_t<arithmetic_t<T>> read(const T* from) {
+  using C = arithmetic_t<T>;
+  if constexpr (std::is_same_v<T, C>) {
+    return get(from);
+  } else {
+#if HEADWAY_LEVEL == 2
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return reinterpret_cast<lane_t<C>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    else
+      return reinterpret_cast<lane_t<C>>(_mm512_cvtph_ps(raw));
+#else
+    alignas(64) C wide[Lane<C>::width];
+    load_row(from, wide, Lane<C>::width);
+    return get(wide);
+#endif
   }
-  for (; i + W <= n; i += W) s0 += get(a + i);
-  C total = across<C>((s0 + s1) + (s2 + s3));
-  for (; i < n; i++) total += a[i];
-  return total;
+}
+template <class T>
+static inline void write(T* to, lane_t<arithmetic_t<T>> v) {
+  using C = arithmetic_t<T>;
+  if constexpr (std::is_same_v<T, C>) {
+    put(to, v);
+  } else {
+#if HEADWAY_LEVEL == 2
+    const __m512 f = reinterpret_cast<__m512>(v);
+    __m256i packed;
+    if constexpr (std::is_same_v<T, BFloat16>) packed = to_bfloat16(f);
+    else packed = _mm512_cvtps_ph(f, 0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+#else
+    alignas(64) C wide[Lane<C>::width];
+    put(wide, v);
+    store_row(wide, to, Lane<C>::width);
+#endif
+  }
+}
+// the last numbers of a row: the lane is filled up with zeros, `mask` is one where a number is
+template <class T>
+HEADWAY_APART lane_t<arithmetic_t<T>> read_part(const T* from, int64_t count) {
+  using C = arithmetic_t<T>;
+  alignas(64) C wide[Lane<C>::width] = {};
+  load_row(from, wide, count);
+  return get(wide);
+}
+template <class T>
+HEADWAY_APART void write_part(T* to, lane_t<arithmetic_t<T>> v, int64_t count) {
+  using C = arithmetic_t<T>;
+  alignas(64) C wide[Lane<C>::width];
+  put(wide, v);
+  store_row(wide, to, count);
+}
+template <class T>
+static inline arithmetic_t<T> number(T v) {
+  if constexpr (std::is_same_v<T, arithmetic_t<T>>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t u = static_cast<uint32_t>(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+  } else {
+    return half_to_float(v.bits);
+  }
 }
 template <class C>
-static inline C row_square_sum(const C* a, C mean, int64_t n) {
-  constexpr int64_t W = Lane<C>::width;
-  lane_t<C> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    lane_t<C> d0 = get(a + i) - mean, d1 = get(a + i + W) - mean, d2 = get(a + i + 2 * W) - mean, d3 = get(a + i + 3 * W) - mean;
-    s0 += d0 * d0, s1 += d1 * d1, s2 += d2 * d2, s3 += d3 * d3;
-  }
-  for (; i + W <= n; i += W) {
-    lane_t<C> d = get(a + i) - mean;
-    s0 += d * d;
-  }
-  C total = across<C>((s0 + s1) + (s2 + s3));
-  for (; i < n; i++) total += (a[i] - mean) * (a[i] - mean);
-  return total;
+HEADWAY_APART lane_t<C> mask_of(int64_t count) {
+  alignas(64) C ones[Lane<C>::width] = {};
+  for (int64_t i = 0; i < count; i++) ones[i] = C(1);
+  return get(ones);
+}
+static inline void stream(float* to, lane_t<float> v) {
+#if HEADWAY_LEVEL == 2
+  _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
+#elif HEADWAY_LEVEL == 1
+  __m256 half[2];
+  std::memcpy(half, &v, 64);
+  _mm256_stream_ps(to, half[0]), _mm256_stream_ps(to + 8, half[1]);
+#else
+  put(to, v);
+#endif
 }
 
-// s1 = sum h, s2 = sum h * xh with h = g * w; the sums of g * xh and g go to gw and gb
-template <class C, bool has_weight, bool want_weight, bool want_bias>
-static inline void row_backward_sums(const C* g, const C* a, const C* w, C mean, C rstd, C* gw, C* gb, int64_t n, C& s1, C& s2) {
+// R rows of y = norm(a), a = x or x + residual. One row's statistics are a chain of dependent steps, R chains overlap, and the
+// weight and bias are read once for all of them.
+template <int R, class T, bool has_weight, bool has_bias, bool adds>
+static inline void forward_group(const T* x, const T* residual, const arithmetic_t<T>* w, const arithmetic_t<T>* b, T* y, T* h,
+                                 arithmetic_t<T>* stats, int64_t n, double eps, bool rms, bool past_caches) {
+  using C = arithmetic_t<T>;
   constexpr int64_t W = Lane<C>::width;
-  lane_t<C> p0 = {}, p1 = {}, q0 = {}, q1 = {};
-  auto one = [&](int64_t i, lane_t<C>& p, lane_t<C>& q) {
-    lane_t<C> gi = get(g + i), xh = (get(a + i) - mean) * rstd, gx = gi * xh;
-    if (want_weight) put(gw + i, get(gw + i) + gx);
-    if (want_bias) put(gb + i, get(gb + i) + gi);
-    if (has_weight) {
-      lane_t<C> wi = get(w + i);
-      p += gi * wi, q += gx * wi;
-    } else {
-      p += gi, q += gx;
+  const int64_t whole = n / W * W, rest = n - whole;
+  const lane_t<C> mask = rest ? mask_of<C>(rest) : lane_t<C>{};
+  const T* a = adds ? h : x;
+  C mean[R] = {}, rstd[R];
+  lane_t<C> s[R] = {};
+  if (adds || !rms) {
+    // distances from the first number of the row, so that a large mean costs no digits in long rows
+    C shift[R];
+    for (int r = 0; r < R; r++) shift[r] = adds || rms ? C(0) : number(x[r * n]);
+    for (int64_t i = 0; i < whole; i += W)
+      for (int r = 0; r < R; r++) {
+        lane_t<C> v = read(x + r * n + i);
+        if constexpr (adds) {
+          write(h + r * n + i, v + read(residual + r * n + i));
+          // the norm reads the sum as it is kept, rounded, so that forward and backward see the same numbers
+          v = read(h + r * n + i);
+        }
+        s[r] += v - shift[r];
+      }
+    if (rest)
+      for (int r = 0; r < R; r++) {
+        lane_t<C> v = read_part(x + r * n + whole, rest);
+        if constexpr (adds) {
+          write_part(h + r * n + whole, v + read_part(residual + r * n + whole, rest), rest);
+          v = read_part(h + r * n + whole, rest);
+        }
+        s[r] += (v - shift[r]) * mask;
+      }
+    if (!rms)
+      for (int r = 0; r < R; r++) mean[r] = shift[r] + across<C>(s[r]) / C(n);
+  }
+  for (int r = 0; r < R; r++) s[r] = lane_t<C>{};
+  for (int64_t i = 0; i < whole; i += W)
+    for (int r = 0; r < R; r++) {
+      lane_t<C> d = read(a + r * n + i) - mean[r];
+      s[r] += d * d;
     }
+  if (rest)
+    for (int r = 0; r < R; r++) {
+      lane_t<C> d = (read_part(a + r * n + whole, rest) - mean[r]) * mask;
+      s[r] += d * d;
+    }
+  for (int r = 0; r < R; r++) rstd[r] = C(1) / std::sqrt(across<C>(s[r]) / C(n) + C(eps));
+  auto affine = [&](lane_t<C> v, int r, lane_t<C> gain, lane_t<C> offset) {
+    v = (v - mean[r]) * rstd[r];
+    if (has_weight) v = v * gain;
+    if (has_bias) v = v + offset;
+    return v;
   };
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) one(i, p0, q0), one(i + W, p1, q1);
-  for (; i + W <= n; i += W) one(i, p0, q0);
-  s1 = across<C>(p0 + p1), s2 = across<C>(q0 + q1);
-  for (; i < n; i++) {
-    C xh = (a[i] - mean) * rstd, h = has_weight ? g[i] * w[i] : g[i];
-    if (want_weight) gw[i] += g[i] * xh;
-    if (want_bias) gb[i] += g[i];
-    s1 += h, s2 += h * xh;
+  const lane_t<C> none = {};
+  if (std::is_same_v<T, float> && past_caches) {
+    for (int r = 0; r < R; r++)
+      for (int64_t i = 0; i < whole; i += W) {
+        lane_t<C> v = affine(read(a + r * n + i), r, has_weight ? get(w + i) : none, has_bias ? get(b + i) : none);
+        if constexpr (std::is_same_v<T, float>) stream(y + r * n + i, v);
+      }
+  } else {
+    for (int64_t i = 0; i < whole; i += W) {
+      const lane_t<C> gain = has_weight ? get(w + i) : none, offset = has_bias ? get(b + i) : none;
+      for (int r = 0; r < R; r++) write(y + r * n + i, affine(read(a + r * n + i), r, gain, offset));
+    }
+  }
+  if (rest) {
+    const lane_t<C> gain = has_weight ? read_part(w + whole, rest) : none, offset = has_bias ? read_part(b + whole, rest) : none;
+    for (int r = 0; r < R; r++) write_part(y + r * n + whole, affine(read_part(a + r * n + whole, rest), r, gain, offset), rest);
+  }
+  if (stats)
+    for (int r = 0; r < R; r++) stats[2 * r] = mean[r], stats[2 * r + 1] = rstd[r];
+}
+
+template <class T, bool has_weight, bool has_bias, bool adds>
+static void forward_loop(const T* x, const T* residual, const arithmetic_t<T>* w, const arithmetic_t<T>* b, T* y, T* h,
+                         arithmetic_t<T>* stats, int64_t first, int64_t last, int64_t n, double eps, bool rms, bool past_caches) {
+  auto at = [&](int64_t row, auto* p) { return p ? p + row * n : nullptr; };
+  int64_t row = first;
+  for (; row + 4 <= last; row += 4)
+    forward_group<4, T, has_weight, has_bias, adds>(at(row, x), at(row, residual), w, b, at(row, y), at(row, h),
+                                                    stats ? stats + 2 * row : nullptr, n, eps, rms, past_caches);
+  for (; row < last; row++)
+    forward_group<1, T, has_weight, has_bias, adds>(at(row, x), at(row, residual), w, b, at(row, y), at(row, h),
+                                                    stats ? stats + 2 * row : nullptr, n, eps, rms, past_caches);
+}
+
+// rows [first, last) of y = norm(x + residual); h receives the sum, stats (mean, rstd) per row when kept
+template <class T>
+static void forward_rows(const T* x, const T* residual, const arithmetic_t<T>* w, const arithmetic_t<T>* b, T* y, T* h,
+                         arithmetic_t<T>* stats, int64_t first, int64_t last, int64_t n, double eps, bool rms, bool past_caches) {
+  auto go = [&](auto weight, auto bias, auto adds) {
+    forward_loop<T, weight(), bias(), adds()>(x, residual, w, b, y, h, stats, first, last, n, eps, rms, past_caches);
+  };
+  auto with = [&](auto weight, auto bias) {
+    residual ? go(weight, bias, std::true_type{}) : go(weight, bias, std::false_type{});
+  };
+  // a bias without a weight comes with a weight of ones
+  if (b) with(std::true_type{}, std::true_type{});
+  else if (w) with(std::true_type{}, std::false_type{});
+  else with(std::false_type{}, std::false_type{});
+  if (past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+// R rows of grad_x = rstd * (h - mean(h) - xh * mean(h * xh)) with h = gy * w, plus gh; sums of gy * xh and gy into gw and gb
+template <int R, class T, bool has_weight, bool want_sums>
+static inline void backward_group(const T* gy, const T* gh, const T* x, const arithmetic_t<T>* w, const arithmetic_t<T>* stats, T* gx,
+                                  arithmetic_t<T>* gw, arithmetic_t<T>* gb, int64_t n, bool rms) {
+  using C = arithmetic_t<T>;
+  constexpr int64_t W = Lane<C>::width;
+  const int64_t whole = n / W * W, rest = n - whole;
+  const lane_t<C> none = {};
+  lane_t<C> p[R] = {}, q[R] = {};
+  C mean[R], rstd[R];
+  for (int r = 0; r < R; r++) mean[r] = stats[2 * r], rstd[r] = stats[2 * r + 1];
+  auto one = [&](int r, lane_t<C> g, lane_t<C> a, lane_t<C> gain, lane_t<C>& tw, lane_t<C>& tb) {
+    const lane_t<C> xh = (a - mean[r]) * rstd[r];
+    if (want_sums) tw += g * xh;
+    if (want_sums) tb += g;
+    if (has_weight) g = g * gain;
+    p[r] += g, q[r] += g * xh;
+  };
+  for (int64_t i = 0; i < whole; i += W) {
+    const lane_t<C> gain = has_weight ? get(w + i) : none;
+    lane_t<C> tw = want_sums ? get(gw + i) : none, tb = want_sums ? get(gb + i) : none;
+    for (int r = 0; r < R; r++) one(r, read(gy + r * n + i), read(x + r * n + i), gain, tw, tb);
+    if (want_sums) put(gw + i, tw), put(gb + i, tb);
+  }
+  if (rest) {
+    const lane_t<C> gain = has_weight ? read_part(w + whole, rest) : none;
+    lane_t<C> tw = want_sums ? read_part(gw + whole, rest) : none, tb = want_sums ? read_part(gb + whole, rest) : none;
+    // gradients beyond the row's end are read as zeros, so nothing is added there
+    for (int r = 0; r < R; r++) one(r, read_part(gy + r * n + whole, rest), read_part(x + r * n + whole, rest), gain, tw, tb);
+    if (want_sums) write_part(gw + whole, tw, rest), write_part(gb + whole, tb, rest);
+  }
+  C k0[R], k1[R];
+  for (int r = 0; r < R; r++) {
+    // rstd * (h - c1 - xh * c2) = rstd * h - ((a - mean) * k1 + k0)
+    k1[r] = rstd[r] * rstd[r] * (across<C>(q[r]) / C(n));
+    k0[r] = rms ? C(0) : rstd[r] * (across<C>(p[r]) / C(n));
+  }
+  auto result = [&](int r, lane_t<C> g, lane_t<C> a, lane_t<C> gain) {
+    if (has_weight) g = g * gain;
+    return g * rstd[r] - ((a - mean[r]) * k1[r] + k0[r]);
+  };
+  for (int64_t i = 0; i < whole; i += W) {
+    const lane_t<C> gain = has_weight ? get(w + i) : none;
+    for (int r = 0; r < R; r++) {
+      lane_t<C> v = result(r, read(gy + r * n + i), read(x + r * n + i), gain);
+      if (gh) v += read(gh + r * n + i);
+      write(gx + r * n + i, v);
+    }
+  }
+  if (rest) {
+    const lane_t<C> gain = has_weight ? read_part(w + whole, rest) : none;
+    for (int r = 0; r < R; r++) {
+      lane_t<C> v = result(r, read_part(gy + r * n + whole, rest), read_part(x + r * n + whole, rest), gain);
+      if (gh) v += read_part(gh + r * n + whole, rest);
+      write_part(gx + r * n + whole, v, rest);
+    }
   }
 }
 
-template <class C, bool has_weight, bool has_bias>
-static inline void row_affine(const C* a, const C* w, const C* b, C mean, C rstd, C* y, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    C z = (a[i] - mean) * rstd;
-    if (has_weight) z = z * w[i];
-    if (has_bias) z = z + b[i];
-    y[i] = z;
-  }
+template <class T>
+static void backward_rows(const T* gy, const T* gh, const T* x, const arithmetic_t<T>* w, const arithmetic_t<T>* stats, T* gx,
+                          arithmetic_t<T>* gw, arithmetic_t<T>* gb, int64_t first, int64_t last, int64_t n, bool rms) {
+  auto go = [&](auto weight, auto sums) {
+    auto rows = [&](auto count, int64_t row) {
+      backward_group<count(), T, weight(), sums()>(gy + row * n, gh ? gh + row * n : nullptr, x + row * n, w, stats + 2 * row,
+                                                   gx + row * n, gw, gb, n, rms);
+    };
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4) rows(std::integral_constant<int, 4>{}, row);
+    for (; row < last; row++) rows(std::integral_constant<int, 1>{}, row);
+  };
+  // gw and gb are both given or neither
+  if (w) gw ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
+  else gw ? go(std::false_type{}, std::true_type{}) : go(std::false_type{}, std::false_type{});
 }
 
 template <class T>
 struct RowView {
-  // float and double rows are read in place, the others through a buffer
+  // float and double planes are read in place, the others through a buffer
   static constexpr bool in_place = std::is_same_v<T, arithmetic_t<T>>;
 };
-
-// rows [first, last) of y = norm(x + residual); h receives the sum, stats (mean, rstd) per row when kept.
-// Four rows at a time: one row's statistics are a chain of dependent steps, four chains overlap.
-constexpr int64_t kTogether = 4;
-
-template <class T>
-static void forward_rows(const T* x, const T* residual, const arithmetic_t<T>* w, const arithmetic_t<T>* b, T* y, T* h,
-                         arithmetic_t<T>* stats, int64_t first, int64_t last, int64_t n, double eps, bool rms, bool stream) {
-  using C = arithmetic_t<T>;
-  constexpr bool in_place = RowView<T>::in_place;
-  static thread_local std::vector<C> room;
-  const int64_t padded = (n + 15) / 16 * 16;
-  if (static_cast<int64_t>(room.size()) < (kTogether + 2) * padded) room.resize((kTogether + 2) * padded);
-  C *other = room.data() + kTogether * padded, *result = other + padded;
-  for (int64_t start = first; start < last; start += kTogether) {
-    const int64_t count = std::min(kTogether, last - start);
-    const C* a[kTogether];
-    C mean[kTogether], rstd[kTogether];
-    for (int64_t r = 0; r < count; r++) {
-      const int64_t at = (start + r) * n;
-      C* buffer = room.data() + r * padded;
-      if (residual) {
-        const C *p, *q;
-        C* sum;
-        if constexpr (in_place) {
-          p = x + at, q = residual + at, sum = h + at;
-        } else {
-          load_row(x + at, buffer, n), load_row(residual + at, other, n);
-          p = buffer, q = other, sum = buffer;
-        }
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) sum[i] = p[i] + q[i];
-        if constexpr (!in_place) {
-          // the norm reads the sum as it is kept, rounded, so that forward and backward see the same numbers
-          store_row(buffer, h + at, n);
-          load_row(h + at, buffer, n);
-        }
-        a[r] = sum;
-      } else if constexpr (in_place) {
-        a[r] = x + at;
-      } else {
-        load_row(x + at, buffer, n);
-        a[r] = buffer;
-      }
-      mean[r] = rms ? C(0) : row_sum(a[r], n) / C(n);
-    }
-    for (int64_t r = 0; r < count; r++) rstd[r] = C(1) / std::sqrt(row_square_sum(a[r], mean[r], n) / C(n) + C(eps));
-    for (int64_t r = 0; r < count; r++) {
-      const int64_t at = (start + r) * n;
-      C* target = result;
-      if constexpr (in_place) {
-        if (!stream) target = y + at;
-      }
-      if (w && b) row_affine<C, true, true>(a[r], w, b, mean[r], rstd[r], target, n);
-      else if (w) row_affine<C, true, false>(a[r], w, b, mean[r], rstd[r], target, n);
-      else if (b) row_affine<C, false, true>(a[r], w, b, mean[r], rstd[r], target, n);
-      else row_affine<C, false, false>(a[r], w, b, mean[r], rstd[r], target, n);
-      if constexpr (std::is_same_v<T, float>) {
-        if (stream) stream_row(result, y + at, n);
-      } else if constexpr (!in_place) {
-        store_row(result, y + at, n);
-      }
-      if (stats) stats[2 * (start + r)] = mean[r], stats[2 * (start + r) + 1] = rstd[r];
-    }
-  }
-  if (stream) std::atomic_thread_fence(std::memory_order_seq_cst);
-}
-
-// rows [first, last) of grad_x = rstd * (h - mean(h) - xh * mean(h * xh)) with h = gy * w, plus gh; weight and bias sums into gw, gb
-template <class T>
-static void backward_rows(const T* gy, const T* gh, const T* x, const arithmetic_t<T>* w, const arithmetic_t<T>* stats, T* gx,
-                          arithmetic_t<T>* gw, arithmetic_t<T>* gb, int64_t first, int64_t last, int64_t n, bool rms) {
-  using C = arithmetic_t<T>;
-  constexpr bool in_place = RowView<T>::in_place;
-  static thread_local std::vector<C> room;
-  const int64_t padded = (n + 15) / 16 * 16;
-  if (static_cast<int64_t>(room.size()) < (2 * kTogether + 2) * padded) room.resize((2 * kTogether + 2) * padded);
-  C *other = room.data() + 2 * kTogether * padded, *result = other + padded;
-  for (int64_t start = first; start < last; start += kTogether) {
-    const int64_t count = std::min(kTogether, last - start);
-    const C *g[kTogether], *a[kTogether];
-    C s1[kTogether], s2[kTogether];
-    for (int64_t r = 0; r < count; r++) {
-      const int64_t at = (start + r) * n;
-      if constexpr (in_place) {
-        g[r] = gy + at, a[r] = x + at;
-      } else {
-        C *gbuf = room.data() + 2 * r * padded, *xbuf = gbuf + padded;
-        load_row(gy + at, gbuf, n), load_row(x + at, xbuf, n);
-        g[r] = gbuf, a[r] = xbuf;
-      }
-      const C mean = stats[2 * (start + r)], rstd = stats[2 * (start + r) + 1];
-      if (w && gw && gb) row_backward_sums<C, true, true, true>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-      else if (w && gw) row_backward_sums<C, true, true, false>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-      else if (w && gb) row_backward_sums<C, true, false, true>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-      else if (w) row_backward_sums<C, true, false, false>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-      else if (gb) row_backward_sums<C, false, false, true>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-      else row_backward_sums<C, false, false, false>(g[r], a[r], w, mean, rstd, gw, gb, n, s1[r], s2[r]);
-    }
-    for (int64_t r = 0; r < count; r++) {
-      const int64_t at = (start + r) * n;
-      const C mean = stats[2 * (start + r)], rstd = stats[2 * (start + r) + 1];
-      C* target = result;
-      if constexpr (in_place) target = gx + at;
-      // rstd * (h - c1 - (a - mean) * rstd * c2) = rstd * h - (k1 * a + k0)
-      const C k1 = rstd * rstd * (s2[r] / C(n)), k0 = (rms ? C(0) : rstd * (s1[r] / C(n))) - mean * k1;
-      const C *gr = g[r], *ar = a[r];
-      const C* extra = nullptr;
-      if (gh) {
-        if constexpr (in_place) {
-          extra = gh + at;
-        } else {
-          load_row(gh + at, other, n);
-          extra = other;
-        }
-      }
-      if (w && extra) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) target[i] = rstd * (gr[i] * w[i]) - (k1 * ar[i] + k0) + extra[i];
-      } else if (w) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) target[i] = rstd * (gr[i] * w[i]) - (k1 * ar[i] + k0);
-      } else if (extra) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) target[i] = rstd * gr[i] - (k1 * ar[i] + k0) + extra[i];
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) target[i] = rstd * gr[i] - (k1 * ar[i] + k0);
-      }
-      if constexpr (!in_place) store_row(result, gx + at, n);
-    }
-  }
-}
 
 // y[n, c, s] = norm over c of x[n, c, s]: planes are read as they lie, a tile of positions at a time
 template <class T>
@@ -392,13 +458,15 @@ static void channel_rows(const T* x, const arithmetic_t<T>* w, const arithmetic_
     return line;
   };
   if (!rms) {
-    for (int64_t c = 0; c < channels; c++) {
+    // sums of distances from the first channel: a large common mean costs no digits
+    std::memcpy(rstd, read(0), width * sizeof(C));
+    for (int64_t c = 1; c < channels; c++) {
       const C* a = read(c);
 #pragma omp simd
-      for (int64_t i = 0; i < width; i++) mean[i] += a[i];
+      for (int64_t i = 0; i < width; i++) mean[i] += a[i] - rstd[i];
     }
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) mean[i] /= C(channels);
+    for (int64_t i = 0; i < width; i++) mean[i] = rstd[i] + mean[i] / C(channels), rstd[i] = C(0);
   }
   for (int64_t c = 0; c < channels; c++) {
     const C* a = read(c);
@@ -472,3 +540,5 @@ static void channel_backward_rows(const T* gy, const T* x, const arithmetic_t<T>
     if constexpr (!RowView<T>::in_place) store_row(out, place, width);
   }
 }
+#undef HEADWAY_APART
+#undef HEADWAY_ROW

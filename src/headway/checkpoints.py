@@ -43,10 +43,9 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
     config: Any = transformers.AutoConfig.from_pretrained(folder)
     entries = getattr(config, "headway", [])
     config.headway = []
-    if model_class is None:
-        name = (config.architectures or ["AutoModel"])[0]
-        model_class = getattr(transformers, name)
-    model = model_class(config)
+    name = (config.architectures or ["AutoModel"])[0]
+    kind: Any = getattr(transformers, name) if model_class is None else model_class
+    model = kind(config)
     for entry in entries:
         apply(model, _technique(entry))
     index = folder / "model.safetensors.index.json"

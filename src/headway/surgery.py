@@ -67,7 +67,14 @@ class Edit:
 
 def _brief(module: nn.Module) -> str:
     text = repr(module)
-    return text if "\n" not in text and len(text) <= 90 else type(module).__name__
+    if "\n" not in text and len(text) <= 90:
+        return text
+    extra = module.extra_repr()
+    return (
+        f"{type(module).__name__}({extra})"
+        if extra and "\n" not in extra and len(extra) <= 60
+        else type(module).__name__
+    )
 
 
 class Swap(Edit):

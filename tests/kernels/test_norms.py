@@ -1,3 +1,7 @@
+"""The norm operators against plain equations, PyTorch's own norms, and the dispatcher's rules."""
+
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -7,9 +11,342 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
 
 from headway.kernels import norms
 from headway.kernels.norms import add_norm, add_rms_norm, channel_norm, crms_norm, layer_norm, norm_add_norm, rms_norm
+
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+CLOSE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def plain_norm(a, weight=None, bias=None, eps=1e-5, rms=False, offset=0.0):
+    """The equation of the paper, step by step, in float64."""
+    a = a.double()
+    centred = a if rms else a - a.mean(-1, keepdim=True)
+    y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.double() + offset)
+    return y if bias is None else y + bias.double()
+
+
+def agree(ours, truth, dtype):
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 3, 16, 17, 64, 100, 255, 768, 1025])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_rows_of_any_length_and_type_follow_the_equation_forward_and_backward(dtype, n, rms):
+    x, g = numbers(7, n, dtype=dtype), numbers(7, n, dtype=dtype, seed=1)
+    w, b = numbers(n, dtype=dtype, seed=2), numbers(n, dtype=dtype, seed=3)
+    mine = [t.clone().requires_grad_() for t in (x, w, b)]
+    truth = [t.double().requires_grad_() for t in (x, w, b)]
+    y = (rms_norm if rms else layer_norm)(mine[0], n, mine[1], mine[2])
+    wanted = plain_norm(*truth, rms=rms)
+    assert y.dtype == dtype
+    agree(y, wanted, dtype)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, mine, g), torch.autograd.grad(wanted, truth, g.double()), strict=True
+    ):
+        assert ours.dtype == dtype
+        scale = max(1.0, theirs.abs().max().item())
+        agree(ours / scale, theirs / scale, dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=3),
+    n=st.integers(1, 70),
+    dtype=st.sampled_from(TYPES),
+    affine=st.sampled_from(["", "w", "b", "wb"]),
+    rms=st.booleans(),
+)
+def test_any_leading_shape_and_any_affine_part(lead, n, dtype, affine, rms):
+    x = numbers(*lead, n, dtype=dtype)
+    w = numbers(n, dtype=dtype, seed=2) if "w" in affine else None
+    b = numbers(n, dtype=dtype, seed=3) if "b" in affine else None
+    y = (rms_norm if rms else layer_norm)(x, n, w, b)
+    assert y.shape == x.shape and y.dtype == dtype
+    agree(y, plain_norm(x, w, b, rms=rms), dtype)
+
+
+def test_last_axis_layer_equals_torch_forward_and_backward():
+    x, w, b, g = numbers(6, 5, 33), numbers(33, seed=1), numbers(33, seed=2), numbers(6, 5, 33, seed=3)
+    for dtype in (torch.float64, torch.float32):
+        ours = [t.to(dtype).requires_grad_() for t in (x.clone(), w.clone(), b.clone())]
+        theirs = [t.detach().clone().requires_grad_() for t in ours]
+        y, z = layer_norm(ours[0], 33, ours[1], ours[2]), F.layer_norm(theirs[0], (33,), theirs[1], theirs[2])
+        torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6)
+        for a, b_ in zip(
+            torch.autograd.grad(y, ours, g.to(dtype)), torch.autograd.grad(z, theirs, g.to(dtype)), strict=True
+        ):
+            torch.testing.assert_close(a, b_, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gain_offset_of_one_reads_the_weight_as_one_plus_weight():
+    x, w = numbers(4, 24), numbers(24, seed=1)
+    agree(rms_norm(x, 24, w, offset=1.0), plain_norm(x, w + 1, rms=True), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_activations_with_float32_parameters_give_half_precision_out(dtype):
+    x, w, b = (
+        numbers(5, 48, dtype=dtype),
+        numbers(48, dtype=torch.float32, seed=1),
+        numbers(48, dtype=torch.float32, seed=2),
+    )
+    w.requires_grad_()
+    y = layer_norm(x, 48, w, b)
+    assert y.dtype == dtype
+    agree(y, plain_norm(x, w, b), dtype)
+    y.sum().backward()
+    assert w.grad is not None and w.grad.dtype == torch.float32
+
+
+def test_rows_with_a_large_mean_keep_three_digits():
+    noise = numbers(16, 512)
+    x = (noise + 1e4).float()
+    truth = plain_norm(x.double())
+    assert (layer_norm(x, 512) - truth).abs().max() < 1e-3
+    planes = x.reshape(16, 512, 1).expand(16, 512, 6).contiguous()
+    assert (channel_norm(planes)[..., 0] - truth).abs().max() < 1e-3
+
+
+def test_a_nan_stays_in_its_row():
+    x = numbers(9, 40, dtype=torch.float32)
+    clean = layer_norm(x, 40)
+    x[4, 7] = float("nan")
+    y = layer_norm(x, 40)
+    assert y[4].isnan().all()
+    kept = torch.arange(9) != 4
+    assert torch.equal(y[kept], clean[kept])
+    half = layer_norm(x.bfloat16(), 40)
+    assert half[4].isnan().all() and half[kept].isfinite().all()
+
+
+def test_empty_batches_and_single_numbers():
+    w, b = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    y = layer_norm(torch.empty(0, 8, requires_grad=True), 8, w, b)
+    assert y.shape == (0, 8)
+    y.sum().backward()
+    assert torch.equal(w.grad, torch.zeros(8))  # type: ignore[arg-type]
+    one = layer_norm(torch.tensor([[3.0]]), 1, torch.tensor([2.0]), torch.tensor([0.5]))
+    assert torch.equal(one, torch.tensor([[0.5]]))
+
+
+def test_row_i_alone_gives_what_it_gives_inside_the_batch():
+    x, w, b = numbers(13, 77, dtype=torch.float32), numbers(77, dtype=torch.float32), numbers(77, dtype=torch.float32)
+    together = layer_norm(x, 77, w, b)
+    for i in (0, 5, 12):
+        torch.testing.assert_close(layer_norm(x[i : i + 1], 77, w, b), together[i : i + 1], rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_that_do_not_lie_row_by_row():
+    x = numbers(6, 4, 10, dtype=torch.float32)
+    for view in (x.transpose(0, 1), x[:, ::2], x[..., ::2], x.permute(2, 1, 0), x[:1].expand(5, 4, 10)):
+        v = view.detach().requires_grad_()
+        n = v.shape[-1]
+        y = layer_norm(v, n)
+        torch.testing.assert_close(y, F.layer_norm(v, (n,)))
+        g = torch.randn(n, *v.shape[:-1]).movedim(0, -1)
+        (ours,) = torch.autograd.grad(y, v, g)
+        (theirs,) = torch.autograd.grad(F.layer_norm(v, (n,)), v, g)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_add_norm_equals_the_addition_followed_by_the_norm():
+    for dtype in TYPES:
+        for rms in (False, True):
+            tensors = [numbers(5, 3, 50, dtype=dtype, seed=s) for s in (0, 1)] + [
+                numbers(50, dtype=dtype, seed=s) for s in (2, 3)
+            ]
+            ours = [t.clone().requires_grad_() for t in tensors]
+            theirs = [t.clone().requires_grad_() for t in tensors]
+            y, h = add_norm(*ours, rms=rms)
+            total = theirs[0] + theirs[1]
+            assert torch.equal(h, total)
+            wanted = plain_norm(total, theirs[2], theirs[3], rms=rms)
+            agree(y, wanted, dtype)
+            gy, gh = numbers(5, 3, 50, dtype=dtype, seed=5), numbers(5, 3, 50, dtype=dtype, seed=6)
+            mine = torch.autograd.grad([y, h], ours, [gy, gh])
+            true = torch.autograd.grad([wanted, total], theirs, [gy.double(), gh])
+            for a, b in zip(mine, true, strict=True):
+                scale = max(1.0, b.abs().max().item())
+                agree(a / scale, b / scale, dtype)
+
+
+def test_add_norm_needs_only_one_of_its_two_gradients():
+    x, r, w = (numbers(4, 32, dtype=torch.float32, seed=s).requires_grad_() for s in (0, 1, 2))
+    w = numbers(32, dtype=torch.float32).requires_grad_()
+    y, h = add_norm(x, r, w)
+    (only_h,) = torch.autograd.grad(h.sum(), x, retain_graph=True)
+    assert torch.equal(only_h, torch.ones_like(x))
+    (only_y,) = torch.autograd.grad((y * y.detach()).sum(), r)
+    x2 = (x + r).detach().requires_grad_()
+    z = F.layer_norm(x2, (32,), w)
+    (wanted,) = torch.autograd.grad((z * z.detach()).sum(), x2)
+    torch.testing.assert_close(only_y, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_add_rms_norm_is_the_rms_kind():
+    x, r = numbers(3, 20), numbers(3, 20, seed=1)
+    agree(add_rms_norm(x, r)[0], plain_norm(x + r, rms=True), torch.float64)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_norm_add_norm_equals_the_unfused_composition(rms):
+    f, x, go, gi = numbers(4, 30), numbers(4, 30, seed=1), numbers(30, seed=2), numbers(30, seed=3)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        ours = [t.to(dtype).clone().requires_grad_() for t in (f, x, go, gi)]
+        theirs = [t.detach().clone().requires_grad_() for t in ours]
+        x_new, u = norm_add_norm(*ours, 1e-6, rms=rms)
+        kind = (
+            (lambda a, w: F.rms_norm(a, (30,), w, 1e-6)) if rms else (lambda a, w: F.layer_norm(a, (30,), w, eps=1e-6))
+        )
+        wanted_x = theirs[1] + kind(theirs[0], theirs[2])
+        wanted_u = kind(wanted_x, theirs[3])
+        torch.testing.assert_close(x_new, wanted_x, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(u, wanted_u, rtol=tolerance, atol=tolerance)
+        grads = torch.autograd.grad([x_new, u], ours, [ours[0].detach(), ours[1].detach()])
+        wanted = torch.autograd.grad([wanted_x, wanted_u], theirs, [ours[0].detach(), ours[1].detach()])
+        for a, b in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=20 * tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("k", [1, 7, 63, 127])
+def test_crms_norm_equals_the_first_entries_of_the_rms_norm_of_the_completed_vector(k):
+    z = numbers(6, k)
+    whole = torch.cat([z, -z.sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(crms_norm(z, 1e-6), plain_norm(whole, eps=1e-6, rms=True)[:, :k], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("space", [1, 5, 256, 300])
+def test_channel_norm_equals_permute_layer_norm_permute(dtype, space):
+    x, g = numbers(3, 12, space, dtype=dtype), numbers(3, 12, space, dtype=dtype, seed=1)
+    w, b = numbers(12, dtype=dtype, seed=2), numbers(12, dtype=dtype, seed=3)
+    mine, truth = [t.clone().requires_grad_() for t in (x, w, b)], [t.double().requires_grad_() for t in (x, w, b)]
+    y = channel_norm(*mine)
+    wanted = plain_norm(truth[0].transpose(1, 2), truth[1], truth[2]).transpose(1, 2)
+    agree(y, wanted, dtype)
+    for a, b_ in zip(torch.autograd.grad(y, mine, g), torch.autograd.grad(wanted, truth, g.double()), strict=True):
+        scale = max(1.0, b_.abs().max().item())
+        agree(a / scale, b_ / scale, dtype)
+
+
+def test_gradients_and_second_derivatives_are_those_of_finite_differences():
+    x, r = numbers(3, 5).requires_grad_(), numbers(3, 5, seed=1).requires_grad_()
+    w, b = numbers(5, seed=2).requires_grad_(), numbers(5, seed=3).requires_grad_()
+    maps = [
+        (lambda x, w, b: layer_norm(x, 5, w, b), (x, w, b)),
+        (lambda x, w, b: rms_norm(x, 5, w, b, offset=1.0), (x, w, b)),
+        (lambda x, r, w, b: add_norm(x, r, w, b), (x, r, w, b)),
+        (lambda x, r, w, b: norm_add_norm(x, r, w, b), (x, r, w, b)),
+        (lambda x: crms_norm(x), (x,)),
+        (lambda x, w, b: channel_norm(x.reshape(1, 3, 5).transpose(1, 2), w, b), (x, w, b)),
+    ]
+    for function, inputs in maps:
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs)
+
+
+def test_every_operator_passes_opcheck():
+    ops = torch.ops.headway
+    x, r, w, b = (numbers(4, 6, dtype=torch.float32, seed=s).requires_grad_() for s in range(4))
+    w, b = w[0].detach().requires_grad_(), b[0].detach().requires_grad_()
+    opcheck(ops.norm.default, (x, w, b, 6, 1e-5, False, 0.0, True))
+    opcheck(ops.norm.default, (x, None, None, 6, 1e-5, True, 0.0, True))
+    opcheck(ops.add_norm.default, (x, r, w, b, 6, 1e-5, False, 0.0, True))
+    c = numbers(2, 6, 5, dtype=torch.float32).requires_grad_()
+    opcheck(ops.channel_norm.default, (c, w, b, 1e-5, False, True))
+    plain = [t.detach() for t in (x, r, w, b)]
+    opcheck(ops.norm_out.default, (plain[0], plain[2], plain[3], 6, 1e-5, False, 0.0, torch.empty(4, 6)))
+    stats = torch.rand(4, 2)
+    opcheck(ops.norm_backward.default, (plain[0], plain[1], stats, plain[2], 6, False, 0.0, True, True))
+    opcheck(ops.add_norm_backward.default, (plain[0], plain[1], plain[0], stats, plain[2], 6, True, 0.0, True, False))
+    opcheck(ops.channel_norm_backward.default, (c.detach(), c.detach(), torch.rand(10, 2), plain[2], False, True, True))
+
+
+def test_out_receives_the_result_and_refuses_gradients():
+    x, w = numbers(5, 32, dtype=torch.float32), torch.ones(32, requires_grad=True)
+    out = torch.empty_like(x)
+    with torch.no_grad():
+        assert layer_norm(x, 32, w, out=out) is out
+        assert torch.equal(out, layer_norm(x, 32, w))
+        with pytest.raises(ValueError, match="contiguous"):
+            layer_norm(x, 32, w, out=torch.empty(32, 5).T)
+    with pytest.raises(ValueError, match="no gradients"):
+        layer_norm(x, 32, w, out=out)
+
+
+def test_outputs_larger_than_the_caches_are_right_too():
+    x = torch.randn(12289, 528, generator=torch.Generator().manual_seed(0))
+    out = torch.full_like(x, float("nan"))
+    with torch.no_grad():
+        layer_norm(x, 528, out=out)
+    torch.testing.assert_close(out, F.layer_norm(x, (528,)), rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_shapes_are_named():
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"must end in the normalised shape \(7,\)"):
+        layer_norm(x, 7)
+    with pytest.raises(ValueError, match="weight must have"):
+        rms_norm(x, 8, torch.ones(7))
+    with pytest.raises(ValueError, match="agree in shape"):
+        add_norm(x, torch.randn(3, 9))
+    with pytest.raises(ValueError, match="one number a channel"):
+        channel_norm(torch.randn(2, 3, 4), torch.ones(4))
+
+
+def test_autocast_leaves_the_type_of_the_norm_as_torch_does():
+    x, w, b = numbers(4, 32, dtype=torch.bfloat16), torch.ones(32), torch.zeros(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_norm(x, 32, w, b).dtype == F.layer_norm(x, (32,), w, b).dtype
+        assert layer_norm(x.float(), 32, w, b).dtype == F.layer_norm(x.float(), (32,), w, b).dtype
+
+
+@pytest.mark.slow
+def test_compile_takes_the_norms_without_a_graph_break():
+    def block(x, r, w, b):
+        y, h = add_norm(x, r, w, b)
+        return rms_norm(layer_norm(y, 32, w, b) + h, 32, w).sum()
+
+    x, r = numbers(6, 32, dtype=torch.float32).requires_grad_(), numbers(6, 32, dtype=torch.float32, seed=1)
+    w, b = torch.ones(32), torch.zeros(32)
+    (wanted,) = torch.autograd.grad(block(x, r, w, b), x)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(x, r, w, b), x)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_every_instruction_set_gives_the_same_numbers(tmp_path):
+    code = (
+        "import torch, sys; from headway.kernels.norms import layer_norm, channel_norm, add_norm\n"
+        "g = torch.Generator().manual_seed(0); torch.set_num_threads(1); found = []\n"
+        "for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "  x = torch.randn(9, 83, generator=g).to(d).requires_grad_(); w = torch.rand(83, generator=g).to(d).requires_grad_()\n"
+        "  y = layer_norm(x, 83, w); found += [y, *torch.autograd.grad(y.sum() * 2, (x, w))]\n"
+        "  found += [channel_norm(x), add_norm(x, x, w)[0]]\n"
+        "torch.save([t.detach() for t in found], sys.argv[1])"
+    )
+    results = []
+    for isa in ("base", "avx2", "avx512"):
+        env = {**os.environ, "HEADWAY_ISA": isa, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / isa)], env=env, check=True)
+        results.append(torch.load(tmp_path / isa))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2, atol=2e-3
+            )
+
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = list(TOLERANCE)
@@ -167,7 +504,7 @@ def test_gradcheck_and_gradgradcheck():
     assert torch.autograd.gradgradcheck(channel_norm, leaves(torch.randn(2, 3, 4, dtype=torch.float64), w[:3], b[:3]))
 
 
-def test_crms_norm_equals_the_first_entries_of_the_rms_norm_of_the_completed_vector():
+def test_crms_norm_and_torch_agree_on_the_completed_vector():
     z = torch.randn(5, 8, dtype=torch.float64)
     full = torch.cat([z, -z.sum(-1, keepdim=True)], -1)
     assert torch.allclose(crms_norm(z), rms_norm(full, 9)[:, :8], atol=1e-13)

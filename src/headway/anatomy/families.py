@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from headway.anatomy.description import Sublayer
+from headway.anatomy.description import Kind, Sublayer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,7 @@ class Pattern:
     heads: tuple[str, ...] = ("lm_head", "classifier", "score")
 
 
-def _attention(function, norm, readers, writer, dropouts=(), output_norm=None, kind="attention") -> Sublayer:
+def _attention(function, norm, readers, writer, dropouts=(), output_norm=None, kind: Kind = "attention") -> Sublayer:
     return Sublayer(kind, function, norm, tuple(readers), writer, output_norm, tuple(dropouts))
 
 

@@ -32,18 +32,25 @@ def layer_norm_dims(
     Args:
         x: any shape.
         dims: the axes to normalise over, negative ones counted from the end, e.g. ``(1,)`` for the channels of (N, C, H, W).
-        weight, bias: shaped as those axes of ``x``, in ascending order of the axes.
+        weight, bias: shaped as those axes of ``x``, in the order in which they are named.
 
     Raises:
         ValueError: an axis is missing or named twice, or a parameter does not have the shape of the axes.
     """
     if any(not -x.dim() <= d < x.dim() for d in dims) or not dims or len({d % x.dim() for d in dims}) != len(dims):
         raise ValueError(f"dims must name different axes of an input of shape {tuple(x.shape)}; they are {tuple(dims)}")
-    axes = sorted(d % x.dim() for d in dims)
-    shape = tuple(x.shape[d] for d in axes)
+    named = [d % x.dim() for d in dims]
+    shape = tuple(x.shape[d] for d in named)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and tuple(parameter.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape} of the axes {tuple(axes)}; it is {tuple(parameter.shape)}")
+            raise ValueError(
+                f"{name} must have the shape {shape} of the axes {tuple(dims)}; it is {tuple(parameter.shape)}"
+            )
+    axes = sorted(named)
+    if axes != named:
+        order = [named.index(d) for d in axes]
+        weight, bias = (None if p is None else p.permute(order) for p in (weight, bias))
+        shape = tuple(x.shape[d] for d in axes)
     first, last = axes[0], axes[-1]
     if last - first + 1 == len(axes):
         if last == x.dim() - 1:
@@ -51,8 +58,8 @@ def layer_norm_dims(
         moved = torch.movedim(x, axes, tuple(range(-len(axes), 0)))
         if not moved.is_contiguous():  # else the channels lie innermost (channels_last), and the rows are there already
             planes = x.reshape(prod(x.shape[:first]), prod(shape), prod(x.shape[last + 1 :]))
-            flat = [None if p is None else p.reshape(-1) for p in (weight, bias)]
-            return channel_norm(planes, *flat, eps).reshape(x.shape)
+            flat_weight, flat_bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+            return channel_norm(planes, flat_weight, flat_bias, eps).reshape(x.shape)
     ends = tuple(range(-len(axes), 0))
     return torch.movedim(layer_norm(torch.movedim(x, axes, ends), shape, weight, bias, eps), ends, axes)
 
@@ -91,7 +98,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dims = None if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
         if self.dims is not None and len(self.dims) != len(shape):
-            raise ValueError(f"normalized_shape {tuple(shape)} and dims {self.dims} must name the same number of axes")
+            raise ValueError(f"dims {self.dims} must name as many axes as normalized_shape {tuple(shape)} has sizes")
 
     def forward(self, input: Tensor) -> Tensor:
         if self.dims is None:

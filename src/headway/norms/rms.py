@@ -75,11 +75,14 @@ class RMSNorm(nn.Module):
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if not self.cast_before_gain or self.weight is None or x.dtype in (torch.float32, torch.float64):
             return rms_norm(x, self.normalized_shape, self.weight, self.bias, eps, offset=float(self.gain_offset))
-        y = rms_norm(x, self.normalized_shape, None, None, eps) * (self.weight + self.gain_offset if self.gain_offset else self.weight)
+        y = rms_norm(x, self.normalized_shape, None, None, eps) * (
+            self.weight + self.gain_offset if self.gain_offset else self.weight
+        )
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
+        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        text += f", bias={self.bias is not None}"
         text += ", gain_offset=1" if self.gain_offset else ""
         return text + (", cast_before_gain=True" if self.cast_before_gain else "")
 
@@ -126,7 +129,9 @@ def _conventions(module: nn.Module) -> dict | None:
             return None
         if dtype == torch.float32:
             plain = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-            offsets = [o for o in (0, 1) if torch.allclose(theirs, plain * (weight + o), rtol=tolerance, atol=tolerance)]
+            offsets = [
+                o for o in (0, 1) if torch.allclose(theirs, plain * (weight + o), rtol=tolerance, atol=tolerance)
+            ]
             if not offsets:
                 return None
             continue
@@ -146,6 +151,7 @@ class CRMSNorm(nn.Module):
     Args:
         normalized_shape: k = d - 1, the channels that are kept.
         eps: as in the norm it stands for.
+        elementwise_affine: False is all there is; asking for a weight is an error.
 
     There is no weight: a gain on k entries cannot express that of the entry left out, so it is folded into what reads the norm.
 
@@ -153,11 +159,17 @@ class CRMSNorm(nn.Module):
         input and output: (..., k).
 
     Raises:
-        ValueError: more than one axis, or no channel at all; an input of another width.
+        ValueError: more than one axis, or no channel at all; a weight asked for; an input of another width.
     """
 
-    def __init__(self, normalized_shape: int | Sequence[int], eps: float = 1e-5) -> None:
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = False
+    ) -> None:
         super().__init__()
+        if elementwise_affine:
+            raise ValueError(
+                "CRMSNorm has no gain: the entry left out could not get one; fold it into the layers that read it"
+            )
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"CRMSNorm takes one axis of at least one channel (d - 1), not {shape}")
@@ -165,7 +177,9 @@ class CRMSNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         if not z.dim() or z.shape[-1] != self.normalized_shape[0]:
-            raise ValueError(f"the input must end in {self.normalized_shape}; its shape is {tuple(z.shape)}")
+            raise ValueError(
+                f"the input must end in {self.normalized_shape[0]} channels; its shape is {tuple(z.shape)}"
+            )
         return crms_norm(z, self.eps)
 
     def extra_repr(self) -> str:

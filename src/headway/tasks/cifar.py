@@ -38,7 +38,7 @@ def read_cifar(path: str | os.PathLike[str], classes: Literal[10, 100] = 10) -> 
         raise DataError(
             f"{path} holds the label {labels.max()}, and CIFAR-{classes} goes to {classes - 1}; it is of another kind"
         )
-    return rows[:, record - _PIXELS :].reshape(-1, 3, 32, 32), labels
+    return rows[:, record - _PIXELS :].reshape(-1, 3, 32, 32).copy(), labels
 
 
 def read_cifar_folder(

@@ -165,7 +165,8 @@ class CIFAR(Images):
     ) -> None:
         super().__init__()
         _check_norm(norm)
-        self.folder, self.classes, self.depth, self.width, self.norm = str(folder), classes, depth, width, norm
+        self.classes: Literal[10, 100] = classes
+        self.folder, self.depth, self.width, self.norm = str(folder), depth, width, norm
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pixels, labels, test_pixels, test_labels = read_cifar_folder(self.folder, self.classes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,7 @@ class ConvBlock(nn.Module):
     The shape of "A ConvNet for the 2020s" (2022, arXiv 2201.03545).
     """
 
-    def __init__(self, width: int, norm: Literal["layer", "batch"]) -> None:
+    def __init__(self, width: int, norm: str) -> None:
         super().__init__()
         self.spatial = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = ChannelsLast(nn.LayerNorm(width)) if norm == "layer" else nn.BatchNorm2d(width)
@@ -38,9 +36,7 @@ class ConvBlock(nn.Module):
 class ResidualNet(nn.Module):
     """Images (B, C, H, W) -> logits (B, classes). ``stride`` is that of the first convolution."""
 
-    def __init__(
-        self, channels: int, classes: int, depth: int, width: int, norm: Literal["layer", "batch"], stride: int = 1
-    ) -> None:
+    def __init__(self, channels: int, classes: int, depth: int, width: int, norm: str, stride: int = 1) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, stride=stride, padding=1)
         self.blocks = nn.ModuleList(ConvBlock(width, norm) for _ in range(depth))

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from headway.measure import PeakMemory
+
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
@@ -50,14 +52,55 @@ def versions() -> dict[str, str]:
     return found
 
 
-def settle() -> int:
-    """Gives free memory back to the system and answers the resident memory of this process in bytes.
-
-    Without it, memory that an earlier run has freed, and the allocator has kept, would hide what the next run takes.
-    """
+def settle(device: torch.device) -> int:
+    """Bytes in use: on a GPU what the allocator has given out, else the resident memory of this process, after giving free
+    memory back to the system (memory that an earlier run freed and the allocator kept would hide what the next one takes)."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     import psutil
 
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss
+
+
+class TrainingMemory:
+    """Peak memory of training above the level before the model was built, sampled over a few early steps.
+
+    Call :meth:`before_step` before each step. ``peak`` is None until the sampled steps are over.
+    """
+
+    STEPS = range(2, 8)
+    """The steps (from 0) sampled, after a warm-up; sampling slows them a little, so their times are not quoted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak: int | None = None
+        self._level = settle(device)
+        self._held = 0
+        self._count = 0
+        self._sampler: PeakMemory | None = None
+
+    def before_step(self) -> None:
+        """Starts and ends the sampling at the right steps."""
+        if self._count == self.STEPS.start:
+            self._held = settle(self.device) - self._level
+            self._sampler = PeakMemory(self.device)
+            self._sampler.__enter__()
+        elif self._count == self.STEPS.stop:
+            self.end()
+        self._count += 1
+
+    def end(self) -> None:
+        """Ends the sampling, if it goes on."""
+        if self._sampler is not None:
+            self._sampler.__exit__()
+            self.peak = self._held + self._sampler.bytes
+            self._sampler = None
+
+    @property
+    def method(self) -> str:
+        """How it is measured."""
+        what = "the GPU allocator's peak" if self.device.type == "cuda" else "resident memory of the process"
+        return f"{what} above its level before the model was built, over training steps {self.STEPS.start + 1}-{self.STEPS.stop}"

@@ -6,7 +6,15 @@ import sys
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Display:
@@ -19,7 +27,9 @@ class Display:
         show: False shows nothing; None shows bars on a terminal and lines elsewhere.
     """
 
-    def __init__(self, labels: Mapping[int, str], done: Mapping[int, float], title: str, show: bool | None = None) -> None:
+    def __init__(
+        self, labels: Mapping[int, str], done: Mapping[int, float], title: str, show: bool | None = None
+    ) -> None:
         self.labels, self.shares, self.show = dict(labels), {run: done.get(run, 0.0) for run in labels}, show
         self.console = Console(stderr=True)
         self.bars = show is not False and self.console.is_terminal
@@ -57,12 +67,16 @@ class Display:
             self.progress.update(self._lines[run], completed=round(1000 * share), visible=share < 1.0)
         if share >= 1.0 > before and not self.bars and self.show is not False:
             finished = sum(value >= 1.0 for value in self.shares.values())
-            print(f"{self.title}: {self.labels[run]} finished ({finished} of {len(self.labels)})", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: {self.labels[run]} finished ({finished} of {len(self.labels)})",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def say(self, sentence: str) -> None:
         """A sentence above the bars."""
         if self.show is not False:
             self.console.print(sentence, highlight=False, markup=False)
 
-    def _total(self) -> float:
+    def _total(self) -> int:
         return round(1000 * sum(self.shares.values()))

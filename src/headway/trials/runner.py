@@ -21,11 +21,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor, nn
 
-from headway.measure import PeakMemory
 from headway.tasks.task import Task
 from headway.trials.arms import Arm
 from headway.trials.budget import Budget
-from headway.trials.facts import machine, settle, versions
+from headway.trials.facts import TrainingMemory, machine, versions
 from headway.trials.probing import probe_task
 from headway.trials.state import (
     evaluating,
@@ -38,8 +37,6 @@ from headway.trials.state import (
 )
 
 Precision = Literal["fp32", "bf16"]
-_MEMORY_STEPS = range(2, 8)
-"""The steps (from 0) over which peak memory is sampled; their times are left out of the step time."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,8 @@ class Run:
     def _train(self) -> None:
         job, task, accelerator = self.job, self.job.task, self.accelerator
         begun = self._on_main(lambda: self.store.begin(job.run, self.owner))
-        resident = settle()
+        _warm(job, accelerator)
+        memory = TrainingMemory(accelerator.device)
         seed_everything(job.seed)
         model = task.model(job.seed)
         plan = job.arm.plan(model)
@@ -124,12 +122,12 @@ class Run:
         step, seconds = begun["step"], 0.0
         if begun["content"] is not None:
             seconds = self._restore(begun["content"], bare, optimizer, batches, step)
-        memory = None if "peak_memory" in begun["facts"] else PeakMemory(accelerator.device)
+        measured = "peak_memory" in begun["facts"]
         budget, loss = job.budget, math.nan
         while (used := budget.progress(step, seconds)) < 1.0:
-            if memory is not None and step - begun["step"] == _MEMORY_STEPS.start:
-                held = settle() - resident
-                memory.__enter__()
+            if not measured:
+                memory.before_step()
+                measured = self._keep_memory(memory)
             started = time.perf_counter()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _rate(task, used)
@@ -138,12 +136,6 @@ class Run:
             step += 1
             loss, took, stop, save = self._agree(loss, took)
             seconds += took
-            if memory is not None and step - begun["step"] == _MEMORY_STEPS.stop:
-                memory.__exit__()
-                self._on_main(
-                    lambda rise=held + memory.bytes: self.store.add_facts(job.run, self.owner, {"peak_memory": rise})
-                )
-                memory = None
             now = budget.progress(step, seconds)
             diverged = not math.isfinite(loss)
             due = int(now * job.evaluations + 1e-9) > int(used * job.evaluations + 1e-9)
@@ -158,8 +150,8 @@ class Run:
             self.progress(job.run, now)
             if stop and now < 1.0:
                 raise Stopped
-        if memory is not None and hasattr(memory, "_start"):
-            memory.__exit__()
+        memory.end()
+        self._keep_memory(memory)
         facts: dict[str, Any] = {"steps": step}
         if not math.isfinite(loss) and self._points:
             facts["diverged"] = step
@@ -221,11 +213,14 @@ class Run:
             "plan": plan.to_dict() if plan is not None else None,
             "machine": {**machine(self.accelerator.device), "processes": self.accelerator.num_processes},
             "versions": versions(),
-            "memory_method": "GPU allocator"
-            if self.accelerator.device.type == "cuda"
-            else f"resident, sampled over {len(_MEMORY_STEPS)} steps",
         }
         self.store.add_facts(self.job.run, self.owner, facts)
+
+    def _keep_memory(self, memory: TrainingMemory) -> bool:
+        if memory.peak is not None and self.main:
+            facts = {"peak_memory": memory.peak, "peak_memory_method": memory.method}
+            self.store.add_facts(self.job.run, self.owner, facts)
+        return memory.peak is not None
 
     def _flush(self, progress: float) -> None:
         self.store.add_points(self.job.run, self.owner, self._points, progress)
@@ -272,6 +267,27 @@ class Run:
         if self.accelerator.num_processes > 1:
             broadcast_object_list(answer)
         return answer[0]
+
+
+_WARM: set[str] = set()
+
+
+def _warm(job: Job, accelerator: Accelerator) -> None:
+    """Takes one step of an unchanged model that is thrown away, once in a process for each task and precision: what libraries
+    load and keep on first use would otherwise count as memory of the first run."""
+    key = f"{job.task.name} {job.precision} {job.batch_size}"
+    if key in _WARM:
+        return
+    _WARM.add(key)
+    with undisturbed():
+        seed_everything(job.seed)
+        model = job.task.model(job.seed).to(accelerator.device).train()
+        optimizer = job.task.optimizer(model.parameters())
+        batch = send_to_device(next(job.task.train_batches(job.seed, job.batch_size)), accelerator.device)
+        for _ in range(2):
+            with accelerator.autocast():
+                job.task.loss(model, batch).backward()
+            optimizer.step()
 
 
 def shard(batch: Any, rank: int, processes: int) -> tuple[Any, float]:

@@ -72,7 +72,7 @@ class Store:
                 db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
                 found = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "no such column" not in str(error):
+            if isinstance(error, sqlite3.OperationalError):
                 raise
             raise StoreError(f"{self.path} is no headway result store ({error}); give another path") from None
         if found != str(FORMAT):

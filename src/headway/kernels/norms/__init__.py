@@ -244,6 +244,15 @@ class _ChannelNorm(torch.autograd.Function):
 def _count(x: Tensor, shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int:
     """The numbers in one row; ValueError where ``x`` does not end in ``shape`` or a parameter has another shape."""
     wanted = (shape,) if isinstance(shape, int) else tuple(shape)
+    # the usual call, checked with as few Python steps as there are: on small tensors they cost more than the norm
+    if (
+        len(wanted) == 1
+        and x.dim()
+        and x.size(-1) == wanted[0]
+        and (weight is None or weight.shape == wanted)
+        and (bias is None or bias.shape == wanted)
+    ):
+        return wanted[0]
     if not wanted or tuple(x.shape[-len(wanted) :]) != wanted:
         raise ValueError(f"the input must end in the normalised shape {wanted}; its shape is {tuple(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -271,10 +280,12 @@ def _apply(x, weight, bias, n, eps, rms, offset, out):
         with below_autograd():
             _norm_out_op(x.contiguous(), _flat(weight), _flat(bias), n, eps, rms, offset, out)
         return out
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        weight, bias = _flat(weight), _flat(bias)
     if needs_grad(x, weight, bias):
-        return _Norm.apply(x, _flat(weight), _flat(bias), n, eps, rms, offset)
+        return _Norm.apply(x, weight, bias, n, eps, rms, offset)
     with below_autograd():
-        return _norm_op(x, _flat(weight), _flat(bias), n, eps, rms, offset, False)[0]
+        return _norm_op(x, weight, bias, n, eps, rms, offset, False)[0]
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
@@ -372,9 +383,10 @@ def norm_add_norm(
 
     Returns ``(x_new, u)``. The addition and the second norm are one pass.
     """
-    kind = rms_norm if rms else layer_norm
-    extra = {"offset": offset} if rms else {}
-    h = kind(f, f.shape[-1], output_weight, output_bias, eps, **extra)
+    if rms:
+        h = rms_norm(f, f.shape[-1], output_weight, output_bias, eps, offset=offset)
+    else:
+        h = layer_norm(f, f.shape[-1], output_weight, output_bias, eps)
     u, x_new = add_norm(h, x, input_weight, input_bias, eps, rms=rms, offset=offset)
     return x_new, u
 
