@@ -3,7 +3,7 @@
 >>> import headway as hw
 >>> flow = hw.probe(model, batch)                  # see
 >>> model = hw.apply(model, hw.PeriLN())           # change
->>> table = hw.compare("digits", ["baseline", "unified-norm"])   # prove
+>>> table = hw.compare("stdlib-text", ["baseline", "peri-ln"])   # prove
 """
 
 from headway._lazy import attach as _attach
@@ -25,7 +25,6 @@ _NAMES = {
     "Site": "headway.surgery",
     "Replace": "headway.surgery",
     "NothingToChange": "headway.surgery",
-    "save_pretrained": "headway.checkpoints",
     "load_pretrained": "headway.checkpoints",
     # prove
     "compare": "headway.trials.compare",
@@ -38,8 +37,6 @@ _NAMES = {
     "PeriLN": "headway.residual.peri_ln",
     "MixLN": "headway.residual.mix_ln",
     "Placement": "headway.residual.placement",
-    "ScaleResiduals": "headway.residual.depth",
-    "FoldNorms": "headway.norms.folding",
     "LayerNormRecurrent": "headway.norms.recurrent",
     # rooms
     "norms": "headway.norms:",

@@ -132,17 +132,6 @@ _METHODS = [
         "deep Pre-LN layers that do next to nothing",
         "headway.residual.mix_ln",
     ),
-    Method(
-        "residual-depth",
-        "Residual branch scaling and expansion",
-        "On residual network depth",
-        2025,
-        "2510.03470",
-        "headway.residual.depth:ScaleResiduals",
-        "a residual network",
-        "train very deep residual nets without normalisation, and see which orders of paths matter",
-        "headway.residual.depth",
-    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ def record(model: nn.Module, technique: Technique) -> list[Edit]:
     if not (hasattr(config, "to_dict") and hasattr(config, "save_pretrained")):
         return []
     kind = type(technique)
-    entry = {"technique": f"{kind.__module__}:{kind.__qualname__}", "settings": technique.settings()}
+    entry = {"technique": f"{kind.__module__}:{kind.__qualname__}", "settings": _settings(technique)}
     return [SetAttribute(config, "headway", [*getattr(config, "headway", []), entry], name="config.headway")]
+
+
+def _settings(technique: Technique) -> dict[str, Any]:
+    return {f.name: getattr(technique, f.name) for f in fields(technique) if f.init}  # type: ignore[arg-type]
 
 
 def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.Module:

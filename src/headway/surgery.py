@@ -212,7 +212,7 @@ class Technique:
         given = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)  # type: ignore[arg-type]
-            if getattr(self, f.name) != f.default
+            if f.init and getattr(self, f.name) != f.default
         ]
         return f"{type(self).__name__}({', '.join(given)})" if given else type(self).__name__
 

@@ -190,3 +190,35 @@ def test_parallel_branches_and_wrong_settings_are_refused_with_a_sentence():
         Placement("sideways")
     with pytest.raises(ValueError, match="norm must be"):
         hw.PeriLN(norm="batchnorm")
+
+
+@pytest.mark.parametrize("name", ["bert", "torch post", "headway"])
+def test_there_and_back_gives_the_same_function_and_the_same_parameters(name):
+    model = build(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    before, names = run(name, model), set(model.state_dict())
+    home = describe(model).blocks[0].placement
+    for away in ("pre", "peri"):
+        if away != home:
+            hw.apply(model, Placement(away))
+            hw.apply(model, Placement(home))
+            assert torch.allclose(run(name, model), before, atol=1e-6)
+            assert set(model.state_dict()) == names
+
+
+def test_hooks_on_every_norm_of_the_own_transformer_fire():
+    model = hw.apply(build("headway"), hw.PeriLN())
+    heard = []
+    norms = [n for n, m in model.named_modules() if n.endswith("_norm")]
+    for n in norms:
+        model.get_submodule(n).register_forward_hook(lambda *_, n=n: heard.append(n))
+    run("headway", model)
+    assert sorted(heard) == sorted(norms)
+
+
+def test_the_scheme_of_a_named_technique_is_fixed():
+    assert hw.MixLN(0.5).alpha == 0.5
+    with pytest.raises(TypeError, match="scheme"):
+        hw.PeriLN(scheme="pre")

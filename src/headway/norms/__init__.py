@@ -10,7 +10,6 @@ _NAMES = {
     "UnifiedNorm": "headway.norms.unified",
     "PowerNorm": "headway.norms.power",
     "GroupScaling": "headway.norms.power",
-    "FoldNorms": "headway.norms.folding",
     "LayerNormLSTM": _RECURRENT,
     "LayerNormGRU": _RECURRENT,
     "LayerNormRNN": _RECURRENT,

@@ -39,6 +39,8 @@ class RMSNorm(nn.Module):
         ValueError: ``gain_offset`` is neither 0 nor 1; the input does not end in ``normalized_shape``.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     looks_for = "nn.RMSNorm, or the RMSNorm classes of Hugging Face models"
 
     def __init__(
@@ -103,7 +105,7 @@ class RMSNorm(nn.Module):
             shape = module.weight.shape  # type: ignore[union-attr]
         new = cls(tuple(shape), elementwise_affine=False, **found)  # type: ignore[arg-type]
         new.elementwise_affine = module.weight is not None
-        new.weight = module.weight
+        new.weight = module.weight  # type: ignore[assignment]
         return new.train(module.training)
 
 

@@ -12,7 +12,7 @@ sub-layer must still be normalised.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headway.residual.placement import Placement
 
@@ -27,4 +27,4 @@ class MixLN(Placement):
         n_post: the number of Post-LN layers itself, instead of ``alpha``.
     """
 
-    scheme: str = "mix"
+    scheme: str = field(default="mix", init=False)

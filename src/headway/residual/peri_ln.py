@@ -13,7 +13,7 @@ at small scale and low rates its loss need not be lower.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class PeriLN(Placement):
         norm, eps, copy_gains: see :class:`headway.residual.placement.Placement`.
     """
 
-    scheme: str = "peri"
+    scheme: str = field(default="peri", init=False)
 
 
 class PeriNorm(nn.Module):

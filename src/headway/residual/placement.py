@@ -84,6 +84,7 @@ class Placement(Technique):
         if isinstance(layer, TransformerBlock):
             new: Any = _shallow(layer)
             new.placement = placement
+            new._modules = {key: child for key, child in new._modules.items() if not key.endswith("_output_norm")}
         elif block.placement == "parallel" or not any(kind.__name__ in KINDS for kind in type(layer).__mro__):
             raise TypeError(
                 f"the norms of {type(layer).__name__} ({block.name}) cannot be moved: its branches are "
@@ -95,6 +96,9 @@ class Placement(Technique):
             if plain and anatomy.family == "torch.nn" and placement in ("pre", "post") and closing is None:
                 return [SetAttribute(layer, "norm_first", placement == "pre", name=block.name)]
             new = rewire(layer, placement, block.index, len(anatomy.blocks))
+            # what an earlier placement added does not belong to this one
+            added = ("_output_norm", "closing_norm") if placement in ("post", "deepnorm") else ("_output_norm",)
+            new._modules = {key: child for key, child in new._modules.items() if not key.endswith(added)}
             if closing is not None:
                 new.closing_norm = closing
         for sublayer in block.sublayers:

@@ -140,11 +140,16 @@ class TransformerBlock(nn.Module):
                 stacklevel=2,
             )
 
-    def _fusable(self) -> bool:
-        return isinstance(self.drop, nn.Identity) and not torch.is_autocast_enabled("cpu")
+    def _fusable(self, x: Tensor) -> bool:
+        """Whether the norms may be fused away: no dropout, no autocast, and nobody listening to a norm by a hook."""
+        names = ("attention_norm", "mlp_norm", "attention_output_norm")
+        heard = any(
+            (n := self._modules.get(name)) is not None and (n._forward_hooks or n._forward_pre_hooks) for name in names
+        )
+        return isinstance(self.drop, nn.Identity) and not heard and not torch.is_autocast_enabled(x.device.type)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._fusable():
+        if self._fusable(x):
             a, b = self.attention_norm, self.mlp_norm
             if self.placement == "pre" and (kind := _kind(b)) is not None:
                 # the addition and the norm that reads it are one pass over memory
@@ -229,7 +234,7 @@ class TransformerDecoder(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        self.placement = resolve(placement, depth, alpha)
+        placed = resolve(placement, depth, alpha)
         self.max_length = max_length
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_length, dim)
@@ -246,7 +251,7 @@ class TransformerDecoder(nn.Module):
                 index=index,
                 num_layers=depth,
             )
-            for index, place in enumerate(self.placement)
+            for index, place in enumerate(placed)
         )
         self.norm = make_norm(norm, dim, eps)
         self.head = nn.Linear(dim, vocab_size, bias=False)
@@ -257,10 +262,15 @@ class TransformerDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=embedding_std)
         nn.init.normal_(self.position.weight, std=0.1 * embedding_std)
-        if "deepnorm" in self.placement:
+        if "deepnorm" in placed:
             self._start_deepnorm(depth)
         if tied:
             self.head.weight = self.embedding.weight
+
+    @property
+    def placement(self) -> list[str]:
+        """Where the norms of every block sit."""
+        return [block.placement for block in self.blocks if isinstance(block, TransformerBlock)]
 
     def _start_deepnorm(self, depth: int) -> None:
         """DeepNet's start: values, attention output and MLP Xavier-normal with gain (8 L)^(-1/4)."""

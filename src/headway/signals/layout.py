@@ -54,7 +54,8 @@ class Layouts:
     def batch(self, name: str, module: nn.Module, x: Tensor) -> int:
         """The axis that counts samples: ``batch_dim``, or 1 for sequence-first recurrent and attention layers."""
         if callable(self.batch_dim):
-            return int(self.batch_dim(name, module, x)) % max(1, x.dim())
+            chosen: Any = self.batch_dim(name, module, x)
+            return int(chosen) % max(1, x.dim())
         if self.batch_dim == 0 and getattr(module, "batch_first", True) is False and x.dim() == 3:
             return 1
         return self.batch_dim if self.batch_dim < x.dim() else 0

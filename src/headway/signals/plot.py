@@ -107,7 +107,10 @@ def history_figure(records: Sequence[tuple[int, Flow]]) -> go.Figure:
     )
     if not records:
         return plot
-    names = [row.name for row in records[-1][1].rows]
+    last = records[-1][1]
+    # a deep model is told by its blocks; every module of it would be a wall of stripes
+    many = len(last.rows) > 40 and len(last.of("stream")) > 1
+    names = [row.name for row in (last.of("stream") if many else last.rows)]
     steps = [str(step) for step, _ in records]
     for panel, (_, column, log) in enumerate(panels, 1):
         columns = []

@@ -91,6 +91,7 @@ class Monitor:
             saved=saved,
         )
         self._optimizer, self._collapse_at = optimizer, collapse_at
+        self._traits = traits(model)
         self._flows: deque[tuple[int, Flow]] = deque(maxlen=keep)
         self._root: list[Any] = []
         self._recorder: Recorder | None = None
@@ -142,7 +143,7 @@ class Monitor:
         recorder.detach()
         rows = recorder.rows()
         law = growth(rows, self._collapse_at)
-        found = findings(rows, law, traits(self.model), self._collapse_at, recorder.saved_total)
+        found = findings(rows, law, self._traits, self._collapse_at, recorder.saved_total)
         flow = Flow(rows, law, found, objective="the training loss", saved_bytes=recorder.saved_total)
         flow.model = type(self.model).__name__
         self._flows.append((self._recorded_step, flow))

@@ -13,14 +13,11 @@ MAIN: dict[str, Any] = {
         "baseline",
         "peri-ln",
         "mix-ln",
-        "pre-rms-norm",
-        "unified-norm(warmup_iters=30, compensation_warmup=60)",
-        "power-norm(warmup_iters=30)",
     ],
     "seeds": 2,
     "budget": "150 steps",
 }
-"""About three minutes on two cores. The warm-ups are cut from the papers' thousands of steps to fit 150."""
+"""About three minutes on two cores."""
 
 
 def main(
