@@ -1,12 +1,11 @@
 # make compare   install headway here and compare normalisation techniques on a small language model; prints where the report lies
 # make test      install headway here and run style checks, types and tests
-# make docs      build the documentation site into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install compare test lint docs bench clean
+.PHONY: install compare test lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headway needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -33,9 +32,6 @@ test: $(VENV)/.installed-dev install
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
-
-docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build -q --strict && echo "open site/index.html"
 
 bench: install
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

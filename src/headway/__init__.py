@@ -33,7 +33,6 @@ _NAMES = {
     "methods": "headway.catalogue",
     "technique": "headway.catalogue",
     # techniques
-    "PreRMSNorm": "headway.residual.pre_rms",
     "PeriLN": "headway.residual.peri_ln",
     "MixLN": "headway.residual.mix_ln",
     "Placement": "headway.residual.placement",

@@ -78,39 +78,6 @@ _METHODS = [
         "headway.norms.recurrent",
     ),
     Method(
-        "unified-norm",
-        "Unified Normalization",
-        "Unified Normalization for Accelerating and Stabilizing Transformers",
-        2022,
-        "2208.01313",
-        "headway.norms.unified:UnifiedNorm",
-        "nn.LayerNorm over the last axis",
-        "train a Pre-LN transformer whose norms fold away at inference",
-        "headway.norms.unified",
-    ),
-    Method(
-        "power-norm",
-        "PowerNorm",
-        "PowerNorm: Rethinking Batch Normalization in Transformers",
-        2020,
-        "2003.07845",
-        "headway.norms.power:PowerNorm",
-        "nn.LayerNorm over the last axis",
-        "batch statistics that survive transformer training, fixed at inference",
-        "headway.norms.power",
-    ),
-    Method(
-        "pre-rms-norm",
-        "Pre-RMSNorm and Pre-CRMSNorm",
-        "Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers",
-        2023,
-        "2305.14858",
-        "headway.residual.pre_rms:PreRMSNorm",
-        "a Pre-LN transformer",
-        "the cheaper RMSNorm in a trained Pre-LN model without changing a prediction",
-        "headway.residual.pre_rms",
-    ),
-    Method(
         "peri-ln",
         "Peri-LN",
         "Peri-LN: Revisiting Normalization Layer in the Transformer Architecture",
@@ -152,7 +119,7 @@ def method(key: str) -> Method:
 def technique(key: str, **settings: Any) -> Technique:
     """The technique behind a catalogue key, with settings: ``technique("peri-ln", eps=1e-5)``.
 
-    The key may carry its settings itself: ``technique("unified-norm(warmup_iters=100)")``.
+    The key may carry its settings itself: ``technique("mix-ln(alpha=0.5)")``.
 
     Raises:
         ValueError: unknown key, a system that is a tool and changes nothing, or settings that are no Python literals.

@@ -225,7 +225,7 @@ class Replace(Technique):
     it cannot stand in. ``hw.apply(model, Layer)`` is short for ``hw.apply(model, hw.Replace(Layer))``.
 
     Args:
-        layer: e.g. ``hw.norms.UnifiedNorm``.
+        layer: e.g. ``hw.norms.LayerNorm``.
         where: a glob on qualified names, several of them, or a predicate on :class:`Site`; everywhere by default.
         **settings: passed on to ``from_module``.
     """
@@ -323,7 +323,7 @@ def as_technique(what: Technique | type) -> Technique:
     if isinstance(what, type) and issubclass(what, nn.Module):
         return Replace(what)
     raise TypeError(
-        f"a technique was expected, such as hw.PeriLN() or hw.norms.UnifiedNorm, not {what!r}; hw.methods() lists them all"
+        f"a technique was expected, such as hw.PeriLN() or hw.norms.LayerNorm, not {what!r}; hw.methods() lists them all"
     )
 
 

@@ -206,3 +206,11 @@ def test_deepnorm_scales_the_stream_by_the_fourth_root_of_twice_the_depth():
 def test_wrong_settings_get_one_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_safetensors_keeps_the_placement_with_the_weights(tmp_path):
+    from safetensors.torch import load_file, save_model
+
+    save_model(decoder(placement="pre"), str(tmp_path / "m.safetensors"))
+    with pytest.warns(PlacementMismatchWarning):
+        decoder(placement="post").load_state_dict(load_file(tmp_path / "m.safetensors"))

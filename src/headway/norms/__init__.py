@@ -1,4 +1,4 @@
-"""Layers that normalise activations. Each can stand in for the layer it improves on: ``hw.apply(model, hw.norms.UnifiedNorm)``."""
+"""Layers that normalise activations. Each can stand in for the layer it improves on: ``hw.apply(model, hw.norms.LayerNorm)``."""
 
 from headway._lazy import attach as _attach
 
@@ -7,9 +7,6 @@ _NAMES = {
     "LayerNorm": "headway.norms.layer",
     "RMSNorm": "headway.norms.rms",
     "CRMSNorm": "headway.norms.rms",
-    "UnifiedNorm": "headway.norms.unified",
-    "PowerNorm": "headway.norms.power",
-    "GroupScaling": "headway.norms.power",
     "LayerNormLSTM": _RECURRENT,
     "LayerNormGRU": _RECURRENT,
     "LayerNormRNN": _RECURRENT,

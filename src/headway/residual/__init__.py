@@ -2,7 +2,7 @@
 
 from headway._lazy import attach as _attach
 
-_PRE_RMS, _MEASURES = "headway.residual.pre_rms", "headway.residual.depth_measures"
+_MEASURES = "headway.residual.depth_measures"
 _NAMES = {
     "TransformerBlock": "headway.residual.transformer",
     "TransformerDecoder": "headway.residual.transformer",
@@ -16,9 +16,5 @@ _NAMES = {
     "angular_distance": _MEASURES,
     "performance_drop": _MEASURES,
     "layer_grad_norms": _MEASURES,
-    "PreRMSNorm": _PRE_RMS,
-    "NotPreNormError": _PRE_RMS,
-    "recentre_linear_": _PRE_RMS,
-    "recentre_embedding_": _PRE_RMS,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -128,13 +128,15 @@ class TransformerBlock(nn.Module):
                 nn.init.constant_(weight, gain)
             setattr(self, name, module)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"placement": self.placement}
+    def get_extra_state(self) -> Tensor:
+        # letters as bytes, because formats such as safetensors keep only tensors
+        return torch.tensor(list(self.placement.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("placement") != self.placement:
+    def set_extra_state(self, state: Tensor) -> None:
+        trained = bytes(state.tolist()).decode()
+        if trained != self.placement:
             warnings.warn(
-                f"the weights of block {self.index} were trained with the norms placed {state.get('placement')!r}, "
+                f"the weights of block {self.index} were trained with the norms placed {trained!r}, "
                 f"this model has {self.placement!r}: the same numbers now mean another function",
                 PlacementMismatchWarning,
                 stacklevel=2,

@@ -201,7 +201,7 @@ def _cheaper(traits: Traits) -> list[Finding]:
     if traits.placement != "pre" or not traits.layer_norms:
         return []
     text = f"{traits.layer_norms} LayerNorms read a Pre-LN stream; RMSNorm computes the same predictions for less."
-    return [Finding("info", "cheaper norm", "", traits.layer_norms, text, ("pre-rms-norm", "unified-norm"))]
+    return [Finding("info", "cheaper norm", "", traits.layer_norms, text, ())]
 
 
 def _memory(rows: Sequence[Row], saved_total: int) -> list[Finding]:

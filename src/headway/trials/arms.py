@@ -38,7 +38,7 @@ class Arm:
 
 
 def arm(what: Any, label: str | None = None) -> Arm:
-    """An arm from ``"baseline"``, ``"peri-ln"``, ``"unified-norm(warmup_iters=100)+mix-ln"``, a technique, a layer class, or a
+    """An arm from ``"baseline"``, ``"peri-ln"``, ``"mix-ln(alpha=0.5)+layer-norm"``, a technique, a layer class, or a
     list of any of these.
 
     Raises:

@@ -53,7 +53,7 @@ def compare(
 
     Args:
         task: a name ("stdlib-text(depth=12)"), a Python path ("pkg.module:make_task"), or a :class:`headway.tasks.Task`.
-        arms: a list (or a mapping label -> arm) of "baseline", "peri-ln", "unified-norm(warmup_iters=100)", "a+b",
+        arms: a list (or a mapping label -> arm) of "baseline", "peri-ln", "mix-ln(alpha=0.5)", "a+b",
             techniques, layer classes, or lists of these. The first one is what the others are held against.
         seeds: how many (0, 1, ...), or which.
         budget: of each run: steps (200, "200 steps") or training time ("60s", "2 min"); the task's own by default.

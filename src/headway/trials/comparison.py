@@ -62,7 +62,7 @@ class Row:
     best: bool = False
 
     def changed(self) -> str:
-        """What changed, in a few words: ``12 x LayerNorm(...) -> UnifiedNorm(...)``."""
+        """What changed, in a few words: ``12 x LayerNorm(...) -> RMSNorm(...)``."""
         kinds: dict[tuple[str, str], int] = {}
         for change in self.changes:
             pair = (_head(change["before"]), _head(change["after"]))
