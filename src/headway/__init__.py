@@ -14,6 +14,7 @@ _NAMES = {
     # see
     "probe": "headway.signals.probe",
     "watch": "headway.signals.watch",
+    "Monitor": "headway.signals.watch",
     "Flow": "headway.signals.flow",
     "compare_normalizers": "headway.signals.comparison",
     # change
@@ -36,6 +37,8 @@ _NAMES = {
     "PeriLN": "headway.residual.peri_ln",
     "MixLN": "headway.residual.mix_ln",
     "Placement": "headway.residual.placement",
+    "PreRMSNorm": "headway.residual.pre_rms",
+    "ScaleResiduals": "headway.residual.depth",
     "LayerNormRecurrent": "headway.norms.recurrent",
     # rooms
     "norms": "headway.norms:",

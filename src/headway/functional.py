@@ -10,6 +10,8 @@ _NAMES = {
     "add_norm": "headway.kernels.norms",
     "add_rms_norm": "headway.kernels.norms",
     "norm_add_norm": "headway.kernels.norms",
+    "group_scaling": "headway.norms.power",
+    "scaled_add": "headway.residual.depth",
     "mean_cosine": "headway.signals.statistics",
     "stable_rank": "headway.signals.statistics",
 }

@@ -2,7 +2,7 @@
 
 from headway._lazy import attach as _attach
 
-_MEASURES = "headway.residual.depth_measures"
+_DEPTH, _PRE_RMS, _MEASURES = "headway.residual.depth", "headway.residual.pre_rms", "headway.residual.depth_measures"
 _NAMES = {
     "TransformerBlock": "headway.residual.transformer",
     "TransformerDecoder": "headway.residual.transformer",
@@ -16,5 +16,15 @@ _NAMES = {
     "angular_distance": _MEASURES,
     "performance_drop": _MEASURES,
     "layer_grad_norms": _MEASURES,
+    "PreRMSNorm": _PRE_RMS,
+    "NotPreNormError": _PRE_RMS,
+    "recentre_linear_": _PRE_RMS,
+    "recentre_embedding_": _PRE_RMS,
+    "Residual": _DEPTH,
+    "ScaleResiduals": _DEPTH,
+    "scaled_add": _DEPTH,
+    "residual_expansion": "headway.residual.expansion",
+    "geometric_complexity": "headway.residual.complexity",
+    "depth_report": "headway.residual.depth_report",
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -13,6 +13,7 @@ MAIN: dict[str, Any] = {
         "baseline",
         "peri-ln",
         "mix-ln",
+        "unified-norm(warmup_iters=30, compensation_warmup=60)",
     ],
     "seeds": 2,
     "budget": "150 steps",

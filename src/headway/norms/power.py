@@ -1,0 +1,236 @@
+"""PowerNorm: channels divided by a running quadratic mean, after a per-token scaling of groups of channels.
+
+    u = x / sqrt(mean of x^2 over the token's group + eps)          (group scaling; left out with ``group_num=None``)
+    y = weight * z + bias,  z = u / sqrt(phi + eps)                 phi: running mean of mean(u^2) over the tokens
+    gradient: a = weight * gy - nu * z,  du = a / sqrt(phi + eps),  nu <- nu + (1 - alpha_bkw) * mean(a * z)
+
+No mean is subtracted. The gradient of the second line is on purpose not its derivative; that of the first one is exact. Paper:
+"PowerNorm: Rethinking Batch Normalization in Transformers" (Shen et al.), ICML 2020, arXiv 2003.07845; the group scaling is in all
+its released runs. For transformer encoders that are trained with it. Not for steps of very few tokens, models that cannot be
+trained on, or strictly causal training: the training statistic mixes positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from headway.norms.unified import ChannelStatistics, valid_mean, valid_tokens
+from headway.surgery import Site
+
+
+def group_scaling(x: Tensor, num_groups: int, eps: float = 1e-5) -> Tensor:
+    """Divides each of ``num_groups`` groups of the last axis by its quadratic mean, token by token.
+
+    With one group it is RMSNorm without a weight.
+
+    Raises:
+        ValueError: ``num_groups`` does not divide the last axis.
+    """
+    if num_groups < 1 or x.shape[-1] % num_groups:
+        raise ValueError(f"num_groups {num_groups} must divide the last axis of an input of shape {tuple(x.shape)}")
+    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (num_groups, x.shape[-1] // num_groups))
+    return (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2).to(x.dtype)
+
+
+class GroupScaling(nn.Module):
+    """:func:`group_scaling` as a layer.
+
+    Args:
+        num_groups: groups of neighbouring channels; must divide the last axis.
+        eps: added to the mean square, inside the root.
+
+    Shapes:
+        input and output: (..., C).
+    """
+
+    def __init__(self, num_groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1; it is {num_groups}")
+        self.num_groups, self.eps = num_groups, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_scaling(x, self.num_groups, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, eps={self.eps}"
+
+
+class _PowerScale(torch.autograd.Function):
+    """z * weight + bias with PowerNorm's gradient; its backward moves ``ema``."""
+
+    @staticmethod
+    def forward(ctx, u, weight, bias, valid, square, gradient_square, live, settings, ema):
+        eps, ctx.alpha, ctx.count_padding, ctx.clamp = settings
+        z = u * torch.rsqrt(square + eps)
+        ctx.save_for_backward(z, weight, valid, torch.rsqrt(gradient_square + eps), live)
+        ctx.ema = ema
+        return z * weight.to(z.dtype) + bias.to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):  # type: ignore[override]
+        z, weight, valid, inverse, live = ctx.saved_tensors
+        ema = ctx.ema
+        counted = None if ctx.count_padding else valid
+        pull = (1 - ctx.alpha) * ema.to(z.dtype) * z
+        a = gy * weight.to(z.dtype) - (pull if counted is None else torch.where(counted, pull, 0))
+        change = valid_mean(a * z, counted).to(ema.dtype)
+        if ctx.clamp:  # where the factor exceeds 1, only 1 / factor of what it would take from ema is taken
+            factor = (1 - ctx.alpha) * valid_mean(z.square(), counted).to(ema.dtype)
+            change = change + (factor - 1).clamp(min=0) * ema
+        moved = ema + change
+        ema.copy_(torch.where(live & torch.isfinite(moved).all(), moved, ema))
+        grad_weight = (gy * z).sum(0).to(weight.dtype)
+        return a * inverse, grad_weight, gy.sum(0).to(weight.dtype), *(None,) * 6
+
+
+class PowerNorm(ChannelStatistics):
+    """Normalises each channel by a running quadratic mean, with the paper's approximate gradient.
+
+    Args:
+        num_features: channels, the size of the last axis.
+        eps: added to the mean squares, inside the roots.
+        alpha_fwd, alpha_bkw: the share of the statistic of the forward and of the backward pass that is kept at each batch.
+        warmup_iters: batches that are normalised by their own statistic before the running one is used.
+        group_num: groups of the per-token scaling that comes first; None leaves it out.
+        variant: "running" for the method, "v" for the paper's PN-V: the batch's own statistic and its exact gradient,
+            for which the settings of the gradient's statistic below and ``alpha_bkw`` have no meaning.
+        grad_scale: "running" divides the gradient by the statistic of the forward pass, as the paper does; "batch" by this
+            batch's, as the released code does, which grows without bound on a batch that is nearly zero.
+        count_padding: let the gradient's mean run over padding too, as the released code does.
+        clamp_gamma: hold (1 - alpha_bkw) * mean(z^2) in the recursion of the gradient's statistic at 1 at most. Above 2, where
+            a batch is over 20 times larger than the running statistic, the recursion diverges.
+        batch_first: False when the input is (T, B, C); the mask is (B, T) either way.
+
+    Shapes:
+        input and output: (B, T, C), (T, B, C) or (N, C); pad_mask: (B, T) or (N,), True on padding, which then moves no statistic.
+
+    A batch that holds NaN or infinity, no token, or padding alone moves no statistic. The statistics are float32 or wider; half
+    precision input is computed in float32. Every training pass counts as one batch, also within gradient accumulation.
+
+    Raises:
+        ValueError: a setting out of its range, another last axis than ``num_features``, or a mask that does not fit.
+    """
+
+    running_phi: Tensor
+    ema_gz: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        warmup_iters: int = 4000,
+        group_num: int | None = 1,
+        variant: Literal["running", "v"] = "running",
+        grad_scale: Literal["running", "batch"] = "running",
+        count_padding: bool = False,
+        clamp_gamma: bool = False,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, device, dtype)
+        for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bkw", alpha_bkw)):
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1; it is {alpha}")
+        if group_num is not None and (group_num < 1 or num_features % group_num):
+            raise ValueError(f"group_num {group_num} must divide num_features {num_features}")
+        if variant not in ("running", "v"):
+            raise ValueError(f'variant must be "running" or "v"; it is {variant!r}')
+        if grad_scale not in ("running", "batch"):
+            raise ValueError(f'grad_scale must be "running" or "batch"; it is {grad_scale!r}')
+        self.alpha_fwd, self.alpha_bkw, self.warmup_iters = alpha_fwd, alpha_bkw, warmup_iters
+        self.group_num, self.variant, self.grad_scale = group_num, variant, grad_scale
+        self.count_padding, self.clamp_gamma, self.batch_first = count_padding, clamp_gamma, batch_first
+        self._add_statistic("running_phi", 1.0)
+        self._add_statistic("ema_gz", 0.0)
+
+    def reset_statistics(self) -> None:
+        """Back to the state before the first batch, so that warm-up runs again (before fine-tuning, say)."""
+        self.running_phi.fill_(1)
+        self.ema_gz.zero_()
+        self.iters.zero_()
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """The two vectors (s, b) with which the layer in evaluation is ``s * u + b``; u is the input where there are no groups."""
+        return self._scale() * torch.rsqrt(self.running_phi + self.eps), self._shift()
+
+    @torch.no_grad()
+    def _observe(self, q: Tensor, some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        phi = self.running_phi.to(torch.promote_types(q.dtype, self.running_phi.dtype))
+        t = self.iters + 1
+        q = torch.where(some, q.to(phi.dtype), phi)
+        usable = some & torch.isfinite(q).all()
+        square = torch.where(t <= self.warmup_iters, q, phi)
+        live = usable & (self._frozen == 0)
+        if not self._frozen:
+            averaged = torch.where(t < self.warmup_iters, phi * (t - 1) / t + q / t, phi)
+            moved = self.alpha_fwd * averaged + (1 - self.alpha_fwd) * q
+            self.running_phi.copy_(torch.where(usable, moved, phi))
+            self.iters.add_(usable)
+        return square, q if self.grad_scale == "batch" else square, live
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if pad_mask is not None and not self.batch_first and pad_mask.dim() == 2:
+            pad_mask = pad_mask.transpose(0, 1)
+        self._check(x, pad_mask)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        u = x.to(wide)
+        if self.group_num is not None:
+            u = group_scaling(u, self.group_num, self.eps)
+        if not self.training or x.numel() == 0:
+            scale, shift = self.scale_shift()
+            return (u * scale.to(wide) + shift.to(wide)).to(x.dtype)
+        rows, valid = u.reshape(-1, self.num_features), valid_tokens(pad_mask)
+        some = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.any()
+        weight, bias = self._scale(), self._shift()
+        if self.variant == "v":
+            kept = rows if valid is None else torch.where(valid, rows, 0)
+            count = len(rows) if valid is None else valid.sum().clamp(min=1)
+            q = kept.square().sum(0) / count
+            self._observe(q.detach(), some)
+            square = torch.where(some, q, self.running_phi.detach().to(wide))
+            y = rows * torch.rsqrt(square + self.eps) * weight.to(wide) + bias.to(wide)
+        else:
+            square, gradient_square, live = self._observe(valid_mean(rows.detach().square(), valid), some)
+            settings = (self.eps, self.alpha_bkw, self.count_padding, self.clamp_gamma)
+            y = _PowerScale.apply(
+                rows, weight, bias, valid, square.to(wide), gradient_square.to(wide), live, settings, self.ema_gz
+            )
+        return y.reshape(x.shape).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, group_num={self.group_num}, warmup_iters={self.warmup_iters}, eps={self.eps}"
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        site: Site | None = None,
+        group_num: int | Literal["heads"] | None = 1,
+        **settings: Any,
+    ) -> PowerNorm | None:
+        """The norm with the very parameters of a LayerNorm over the last axis and its own ``eps``; None for anything else.
+
+        ``group_num="heads"`` takes the number of attention heads from the configuration of the model.
+
+        Raises:
+            ValueError: the number of heads is asked for and the model has none in its configuration.
+        """
+        if group_num == "heads":
+            config = None if site is None else getattr(site.model, "config", None)
+            heads = getattr(config, "num_attention_heads", None)
+            if not isinstance(heads, int):
+                raise ValueError(
+                    'group_num="heads" needs a model whose config has num_attention_heads; give the number instead'
+                )
+            group_num = heads
+        return cls._from_layer_norm(module, group_num=group_num, **settings)
