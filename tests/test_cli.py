@@ -82,11 +82,25 @@ def test_a_hugging_face_folder_is_probed_changed_and_read_back(run, tmp_path):
         (("plan", "mymodels:build", "peri-ln(gain=1)"), "no setting gain"),
         (("compare", "stdlib-text"), "name the arms"),
         (("claims", "nothing-known"), "no method"),
+        (("compare", "digits", "--arms", "baseline", "--seeds", "two"), "--seeds takes a number"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_status_2(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_the_command_a_report_names_runs_again_and_finds_everything_done(run, tmp_path):
+    import shlex
+
+    code, text, _ = run("compare", "stdlib-text(depth=1, dim=16)", "--arms", "baseline,peri-ln", "--seeds", "0,1",
+                        "--budget", "2 steps", "--store", "r.sqlite", "--report", "r.html", "--json")  # fmt: skip
+    first = json.loads(text)
+    assert code == 0 and first["finished"] and first["arms"] == ["baseline", "peri-ln"] and first["seeds"] == [0, 1]
+    program, *words = shlex.split(first["command"])
+    assert program == "headway"
+    code, text, _ = run(*words, "--report", "again.html", "--json")
+    assert code == 0 and json.loads(text)["rows"] == first["rows"]
 
 
 def test_doctor_reports_kernels_and_the_page_fault_trap(run):

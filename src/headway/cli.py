@@ -112,13 +112,12 @@ def compare(
     task: Annotated[
         str | None, typer.Argument(help='"stdlib-text(depth=12)", digits, pkg.module:make_task, ...')
     ] = None,
-    arms: Annotated[
-        list[str] | None, typer.Option("--arms", "-a", help="One arm; repeat. baseline, peri-ln, a+b, ...")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    arms: Annotated[list[str] | None, typer.Option("--arms", "-a", help="baseline,peri-ln,a+b; or repeat.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds (3), or which (0,4,7).")] = None,
     budget: Annotated[str | None, typer.Option(help='Of each run: "200 steps" or "60s".')] = None,
     store: Annotated[Path, typer.Option(help="The SQLite file of the runs.")] = Path("runs/compare.sqlite"),
     report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = Path("runs/compare.html"),
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step; the task's own by default.")] = None,
     engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast).")] = "fp32",
     as_json: Json = False,
@@ -128,7 +127,13 @@ def compare(
 
     if task is not None and not arms:
         raise ValueError("name the arms to compare, e.g. --arms baseline --arms peri-ln, or leave out the task too")
-    changes: dict[str, Any] = {"task": task, "arms": arms, "seeds": seeds, "budget": budget}
+    changes: dict[str, Any] = {
+        "task": task,
+        "arms": ",".join(arms) if arms else None,
+        "seeds": None if seeds is None else _seeds(seeds),
+        "budget": budget,
+        "batch_size": batch_size,
+    }
     changes = {key: value for key, value in changes.items() if value is not None}
     if task is not None and budget is None:
         changes["budget"] = None
@@ -141,6 +146,14 @@ def compare(
         _print_json(run(**settings, store=store, report=report, engine=engine, precision=precision).to_dict())  # type: ignore[arg-type]
     else:
         presets.main(store, report, engine=engine, precision=precision, **changes)
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds takes a number, or numbers with commas between; {text!r} was given") from None
+    return numbers if "," in text else numbers[0]
 
 
 @app.command()
