@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
 import inspect
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headway.surgery import Replace, Technique
+from headway.tasks.names import parse
 
 
 @dataclass(frozen=True)
@@ -182,20 +182,3 @@ def technique(key: str, **settings: Any) -> Technique:
     if unknown := sorted(settings.keys() - accepted.keys()):
         raise TypeError(f"{key} has no setting {', '.join(unknown)}; it takes {', '.join(accepted)}")
     return kind(**settings)
-
-
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Splits ``"peri-ln(eps=1e-5)"`` into the key and its settings (Python literals, never evaluated)."""
-    key, bracket, inner = text.strip().partition("(")
-    if not bracket:
-        return key.strip(), {}
-    message = (
-        f"{text!r} was not understood; write key(name=value, ...) with plain Python values, e.g. peri-ln(eps=1e-5)"
-    )
-    try:
-        call = ast.parse(f"f({inner}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError(message)
-        return key.strip(), {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(message) from None

@@ -60,7 +60,7 @@ def problems(*arguments, **settings):
 def test_findings_carry_the_number_and_name_the_answer():
     series = rows([2.0**i for i in range(20)])
     found = problems(series, growth(series), Traits(attention=True))["explosion"]
-    assert found.severity == "critical" and found.value == 2.0**19 and found.techniques == ("peri-ln",)
+    assert found.severity == "critical" and found.value == 2.0**19 and found.techniques == ("peri-ln", "residual-depth")
     series = rows([1.0] * 6, grads=[0.01, 0.02, 0.1, 0.2, 0.5, 1.0])
     fading = problems(series, growth(series), Traits(attention=True))["vanishing gradient"]
     assert fading.value == pytest.approx(0.01) and "mix-ln" in fading.techniques

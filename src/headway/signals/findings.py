@@ -77,7 +77,7 @@ def findings(
 
 
 def _rewire(traits: Traits) -> tuple[str, ...]:
-    return ("peri-ln",) if traits.attention else ()
+    return ("peri-ln", "residual-depth") if traits.attention else ("residual-depth",)
 
 
 def _nonfinite(rows: Sequence[Row]) -> list[Finding]:
@@ -123,7 +123,7 @@ def _growth(law: Growth, traits: Traits) -> list[Finding]:
         ]
     if ratio > 10:
         text = f"activations grow with depth: variance x{ratio:.3g} from the first {unit} to the last ({law.law})."
-        answer = ("peri-ln", "mix-ln") if traits.attention else ()
+        answer = ("peri-ln", "mix-ln", "residual-depth") if traits.attention else ("residual-depth",)
         return [
             Finding("warning", "growth", where, ratio, text, answer, "Later blocks change the stream less and less.")
         ]
@@ -140,7 +140,7 @@ def _collapse(rows: Sequence[Row], law: Growth, traits: Traits, collapse_at: flo
             f"samples collapse from {row.name} on ({law.kind} row {at} of {len(series)}): mean cosine {row.cos:.3f}, "
             f"stable rank {row.stable_rank:.2f} of {row.samples}."
         )
-        answer = ()
+        answer = ("residual-depth",) if traits.attention else ()
         advice = (
             "Put a normaliser over fewer channels or over the batch after each layer."
             if not traits.attention
@@ -150,7 +150,11 @@ def _collapse(rows: Sequence[Row], law: Growth, traits: Traits, collapse_at: flo
     tokens = next((row for row in series if row.between_tokens > collapse_at), None)
     if tokens is not None and tokens is not series[0]:
         text = f"the tokens of a sample become alike from {tokens.name} on: mean cosine {tokens.between_tokens:.3f}."
-        found.append(Finding("warning", "token collapse", tokens.name, tokens.between_tokens, text, ("peri-ln",)))
+        found.append(
+            Finding(
+                "warning", "token collapse", tokens.name, tokens.between_tokens, text, ("peri-ln", "residual-depth")
+            )
+        )
     return found
 
 
@@ -162,12 +166,12 @@ def _gradient(rows: Sequence[Row], law: Growth, traits: Traits) -> list[Finding]
     first = next((row.name for row in chain(rows, kind) if math.isfinite(row.grad_norm)), "")
     if ratio > 5:
         text = f"the gradient at {first} is {ratio:.3g} times that of the last {kind} row."
-        answer = ("mix-ln", "peri-ln") if traits.attention else ()
+        answer = ("mix-ln", "peri-ln") if traits.attention else ("residual-depth",)
         severity = "critical" if ratio > 1e4 else "warning"
         return [Finding(severity, "exploding gradient", first, ratio, text, answer, "Use a lower rate or clip.")]
     if ratio < 0.2:
         text = f"the gradient fades on its way back: at {first} it is {ratio:.3g} of that of the last {kind} row."
-        answer = ("peri-ln", "mix-ln") if traits.attention else ()
+        answer = ("peri-ln", "mix-ln") if traits.attention else ("residual-depth",)
         return [Finding("warning", "vanishing gradient", first, ratio, text, answer)]
     return []
 
@@ -201,7 +205,7 @@ def _cheaper(traits: Traits) -> list[Finding]:
     if traits.placement != "pre" or not traits.layer_norms:
         return []
     text = f"{traits.layer_norms} LayerNorms read a Pre-LN stream; RMSNorm computes the same predictions for less."
-    return [Finding("info", "cheaper norm", "", traits.layer_norms, text, ())]
+    return [Finding("info", "cheaper norm", "", traits.layer_norms, text, ("pre-rms-norm", "unified-norm"))]
 
 
 def _memory(rows: Sequence[Row], saved_total: int) -> list[Finding]:
