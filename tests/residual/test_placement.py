@@ -103,6 +103,13 @@ def test_torch_decoder_layers_are_moved_too():
     assert torch.equal(model(target, memory), before)
 
 
+def test_encoder_and_decoder_are_mixed_each_by_its_own_depth():
+    model = nn.Transformer(16, 2, 8, 4, 32, 0.0, batch_first=True, norm_first=True)
+    hw.apply(model, hw.MixLN())
+    assert [layer.norm_first for layer in model.encoder.layers] == [False] * 2 + [True] * 6
+    assert [layer.norm_first for layer in model.decoder.layers] == [False] + [True] * 3
+
+
 def test_mix_equals_a_torch_stack_built_layer_by_layer():
     model = build("torch pre")
     hw.apply(model, hw.MixLN(alpha=0.5))

@@ -64,12 +64,8 @@ def _described(model: nn.Module) -> list[Addition]:
         layer: Any = model.get_submodule(block.name)
         fast = layer if isinstance(layer, nn.TransformerEncoderLayer) else None
         for sublayer in block.sublayers:
-            rewired = f"{sublayer.kind}_output_norm"
-            prefix = block.name + "." if block.name else ""
             if sublayer.output_norm is not None:
                 name = sublayer.output_norm
-            elif isinstance(getattr(layer, rewired, None), nn.Module):
-                name = prefix + rewired
             elif isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
                 # the output projection of MultiheadAttention is never called as a module; the dropout after it is
                 name = sublayer.dropouts[0]

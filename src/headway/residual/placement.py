@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from headway.anatomy import Anatomy, Block, UnknownFamily, describe
+from headway.anatomy import Block, Stack, UnknownFamily, describe
 from headway.checkpoints import record
 from headway.residual.placements import SCHEMES, placements
 from headway.residual.rewiring import KINDS, rewire
@@ -65,19 +65,20 @@ class Placement(Technique):
             raise ValueError(f"norm must be 'layernorm' or 'rmsnorm'; {self.norm!r} was given")
 
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
-        anatomy = describe(model)
-        wanted = placements(len(anatomy.blocks), self.scheme, self.alpha, self.order, self.n_post)
         allowed = {site.name for site in sites}
         found: list[Edit] = []
-        for block, placement in zip(anatomy.blocks, wanted, strict=True):
-            if block.name in allowed:
-                found += self._move(model, anatomy, block, placement)
+        stacks = describe(model).stacks
+        for stack in stacks:
+            wanted = placements(len(stack.blocks), self.scheme, self.alpha, self.order, self.n_post)
+            for block, placement in zip(stack.blocks, wanted, strict=True):
+                if block.name in allowed:
+                    found += self._move(model, stack, block, placement)
         if not found:
             return []
-        self._warn(model, anatomy)
+        self._warn(model, stacks)
         return [*found, *_nested_tensors_off(model), *record(model, self)]
 
-    def _move(self, model: nn.Module, anatomy: Anatomy, block: Block, placement: str) -> list[Edit]:
+    def _move(self, model: nn.Module, stack: Stack, block: Block, placement: str) -> list[Edit]:
         layer = model.get_submodule(block.name)
         if block.placement == placement:
             return []
@@ -91,11 +92,11 @@ class Placement(Technique):
                 f"{block.placement}; layers that can be rewired: {', '.join(KINDS)}"
             )
         else:
-            closing = self._closing(model, anatomy, block, placement)
+            closing = self._closing(model, stack, block, placement)
             plain = not hasattr(type(layer), "original")
-            if plain and anatomy.family == "torch.nn" and placement in ("pre", "post") and closing is None:
+            if plain and stack.family == "torch.nn" and placement in ("pre", "post") and closing is None:
                 return [SetAttribute(layer, "norm_first", placement == "pre", name=block.name)]
-            new = rewire(layer, placement, block.index, len(anatomy.blocks))
+            new = rewire(layer, placement, block.index, len(stack.blocks))
             # what an earlier placement added does not belong to this one
             added = ("_output_norm", "closing_norm") if placement in ("post", "deepnorm") else ("_output_norm",)
             new._modules = {key: child for key, child in new._modules.items() if not key.endswith(added)}
@@ -107,12 +108,12 @@ class Placement(Technique):
                 raise TypeError(f"{block.name} has no norm on its {sublayer.kind} branch that could be moved")
             if placement == "peri":
                 name = f"{sublayer.kind}_output_norm"
-                setattr(new, name, self._fresh(norm, anatomy.hidden_size, self.output_gain))
+                setattr(new, name, self._fresh(norm, stack.hidden_size, self.output_gain))
         found: list[Edit] = [Swap(model, block.name, layer, new)]
         if not self.copy_gains:
             for sublayer in block.sublayers:
                 old = model.get_submodule(sublayer.norm or "")
-                found.append(Swap(new, sublayer.norm or "", old, self._fresh(old, anatomy.hidden_size, 1.0)))
+                found.append(Swap(new, sublayer.norm or "", old, self._fresh(old, stack.hidden_size, 1.0)))
         return found
 
     def _fresh(self, like: nn.Module, width: int, gain: float) -> nn.Module:
@@ -132,16 +133,16 @@ class Placement(Technique):
             nn.init.zeros_(bias)
         return new.train(like.training)
 
-    def _closing(self, model: nn.Module, anatomy: Anatomy, block: Block, placement: str) -> nn.Module | None:
+    def _closing(self, model: nn.Module, stack: Stack, block: Block, placement: str) -> nn.Module | None:
         """A final norm for a stack that has none and whose last layer no longer ends in one."""
-        last = block.name == anatomy.blocks[-1].name and bool(block.name)
-        if not last or anatomy.final_norm is not None or placement in ("post", "deepnorm"):
+        last = block.name == stack.blocks[-1].name and bool(block.name)
+        if not last or stack.final_norm is not None or placement in ("post", "deepnorm"):
             return None
         if block.placement not in ("post", "deepnorm"):
             return None
-        return self._fresh(model.get_submodule(block.sublayers[-1].norm or ""), anatomy.hidden_size, 1.0)
+        return self._fresh(model.get_submodule(block.sublayers[-1].norm or ""), stack.hidden_size, 1.0)
 
-    def _warn(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def _warn(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         if getattr(model, "name_or_path", ""):
             warnings.warn(
                 f"{type(model).__name__} was loaded from trained weights; with its norms placed {self.scheme!r} they compute "
@@ -151,7 +152,7 @@ class Placement(Technique):
             )
         if self.scheme != "peri":
             return
-        for block in anatomy.blocks:
+        for depth, block in ((len(stack.blocks), block) for stack in stacks for block in stack.blocks):
             for sublayer in block.sublayers:
                 writer = getattr(model.get_submodule(sublayer.writer), "weight", None)
                 readers = [getattr(model.get_submodule(name), "weight", None) for name in sublayer.readers]
@@ -164,9 +165,8 @@ class Placement(Technique):
                     )
                     return
                 spread = [w.detach().std().item() for w in readers if w is not None and w.numel() > 1]
-                depth = (2 * len(anatomy.blocks)) ** -0.5
                 ratio = writer.detach().std().item() / max(spread[0], 1e-12) if spread else 1.0
-                if len(anatomy.blocks) > 1 and abs(ratio / depth - 1) < 0.1:
+                if depth > 1 and abs(ratio * (2 * depth) ** 0.5 - 1) < 0.1:
                     warnings.warn(
                         f"{sublayer.writer} was started 1/sqrt(2L) smaller; under Peri-LN its output norm cancels that scale",
                         stacklevel=6,
