@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from headway import cli, models
-from headway.claims.evidence import Evidence
-from headway.claims.measure import claim, measured_keys, scoreboard
+from headway.claims.measure import claim, measured_keys
 
 
 @pytest.fixture
@@ -114,15 +113,6 @@ def test_a_folder_without_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         models.load_model(str(tmp_path))
     assert isinstance(nn.Linear(1, 1), nn.Module)
-
-
-def test_the_scoreboard_holds_every_verdict(tmp_path):
-    evidence = [
-        Evidence("a-key", "claims <this>", "2x", "1.9x", "torch", "holds", "as published"),
-        Evidence("a-key", "claims that", "2x", "0.9x", "torch", "does not hold here", "one core", limit="copy 20 GB/s"),
-    ]
-    page = scoreboard(evidence, tmp_path / "s.html").read_text()
-    assert "claims &lt;this&gt;" in page and "does not hold here" in page and "copy 20 GB/s" in page
 
 
 def test_only_systems_with_a_claim_file_are_measured():

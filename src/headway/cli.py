@@ -163,33 +163,46 @@ def claims(
     list_only: Annotated[
         bool, typer.Option("--list", help="Only name the systems whose claims can be measured.")
     ] = False,
-    save: Annotated[Path, typer.Option(help="The HTML scoreboard.")] = Path("scoreboard.html"),
+    save: Annotated[Path, typer.Option("--html", "--save", help="The HTML scoreboard.")] = Path("scoreboard.html"),
     as_json: Json = False,
 ) -> None:
     """Measure what papers claim, on this machine."""
     from headway.catalogue import method, methods
-    from headway.claims.measure import claim, measured_keys, scoreboard
+    from headway.claims.measure import measure_all, measured_keys
+    from headway.claims.scoreboard import scoreboard
+    from headway.trials.facts import machine, versions
 
-    chosen = [method(key).key for key in keys] if keys else measured_keys(row.key for row in methods())
+    chosen = list(dict.fromkeys(method(key).key for key in keys)) if keys else measured_keys(m.key for m in methods())
+    if missing := [key for key in chosen if not measured_keys([key])]:
+        raise ValueError(
+            f"no claims are measured for {', '.join(missing)}; `headway claims --list` names those that are"
+        )
     if list_only:
         _print_json(chosen) if as_json else out.print("\n".join(chosen))
         return
-    evidence = []
-    for key in chosen:
-        if not as_json:
-            out.print(f"measuring {key} ...")
-        evidence += claim(key, quick)
-    scoreboard(evidence, save)
-    if as_json:
-        _print_json([e.to_dict() for e in evidence])
-        return
-    table = Table("system", "claim", "paper", "measured here", "against", "verdict", show_lines=True)
+    command = " ".join(["headway claims", *(keys or []), *(["--quick"] if quick else [])])
+    save.parent.mkdir(parents=True, exist_ok=True)
+    systems = []
     colours = {"holds": "green", "partly": "yellow", "does not hold here": "red"}
-    for e in evidence:
-        verdict = f"[{colours[e.verdict]}]{e.verdict}[/]: {escape(e.why)}"
-        table.add_row(e.key, escape(e.claim), escape(e.paper), escape(e.measured), escape(e.baseline), verdict)
-    out.print(table)
-    out.print(f"The scoreboard: {save.resolve()}", soft_wrap=True, highlight=False)
+    table = Table("claim", "paper", "measured here", "verdict", show_lines=True)
+    for system in measure_all(chosen, quick):
+        systems.append(system)
+        # after every system, so that stopping the command loses nothing that was measured
+        scoreboard(systems, save, quick, command)
+        if not as_json:
+            told = escape(system.error) or ", ".join(e.verdict for e in system.evidence)
+            out.print(f"{system.key}: {system.seconds:.1f} s; {told}", soft_wrap=True, highlight=False)
+        for e in system.evidence:
+            verdict = f"[{colours[e.verdict]}]{e.verdict}[/]: {escape(e.why)}"
+            table.add_row(f"[bold]{e.key}[/]: {escape(e.claim)}", escape(e.paper), escape(e.measured), verdict)
+    if as_json:
+        plain = {"quick": quick, "command": command, "machine": machine(), "versions": versions()}
+        _print_json({**plain, "systems": [system.to_dict() for system in systems]})
+    else:
+        out.print(table)
+        out.print(f"The scoreboard: {save.resolve()}", soft_wrap=True, highlight=False)
+    if failed := [system.key for system in systems if system.error]:
+        raise RuntimeError(f"the claims of {', '.join(failed)} could not be measured; the scoreboard says why")
 
 
 @app.command()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Verdict = Literal["holds", "partly", "does not hold here"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True)
@@ -35,5 +38,19 @@ class Evidence:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+        """Plain data, ready for JSON: numbers that are not finite, which JSON cannot hold, become None."""
+        return _plain(asdict(self))
+
+
+def verdict(good: Iterable[bool]) -> Verdict:
+    """ "holds" if all of it does, "partly" if some of it does."""
+    listed = list(good)
+    return "holds" if listed and all(listed) else "partly" if any(listed) else "does not hold here"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

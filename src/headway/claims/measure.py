@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import importlib.util
-import os
-from collections.abc import Iterable
-from pathlib import Path
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from headway.claims.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class System:
+    """The claims of one system, measured.
+
+    Attributes:
+        key: as in the catalogue.
+        evidence: one entry a claim.
+        seconds: how long all of them took.
+        error: why they could not be measured, empty if they were.
+    """
+
+    key: str
+    evidence: list[Evidence] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "key": self.key,
+            "seconds": round(self.seconds, 2),
+            "error": self.error,
+            "claims": [e.to_dict() for e in self.evidence],
+        }
 
 
 def measured_keys(keys: Iterable[str]) -> list[str]:
@@ -34,26 +60,12 @@ def claim(key: str, quick: bool = False) -> list[Evidence]:
     return importlib.import_module(f"headway.claims.{key.replace('-', '_')}").measure(quick)
 
 
-def scoreboard(evidence: Iterable[Evidence], path: str | os.PathLike[str]) -> Path:
-    """Writes all verdicts to one self-contained HTML page and returns its path."""
-    from headway.signals.page import _page as write_page
-
-    listed = list(evidence)
-    counts = {
-        verdict: sum(e.verdict == verdict for e in listed) for verdict in ("holds", "partly", "does not hold here")
-    }
-    kinds = {"holds": "info", "partly": "warning", "does not hold here": "critical"}
-    cards = "".join(
-        f'<div class="card"><b>{count}</b><span>{verdict}</span></div>' for verdict, count in counts.items()
-    )
-    parts = ["<h1>Published claims, measured on this machine</h1>", f'<div class="cards">{cards}</div>']
-    for key in dict.fromkeys(e.key for e in listed):
-        parts.append(f"<h2>{html.escape(key)}</h2>")
-        for e in (e for e in listed if e.key == key):
-            limit = f"<br><b>limit</b> {html.escape(e.limit)}" if e.limit else ""
-            parts.append(
-                f'<div class="finding {kinds[e.verdict]}"><em>{e.verdict}</em>{html.escape(e.claim)}'
-                f'<div class="quiet"><b>paper</b> {html.escape(e.paper)}<br><b>here</b> {html.escape(e.measured)}'
-                f"<br><b>against</b> {html.escape(e.baseline)}{limit}<br>{html.escape(e.why)}</div></div>"
-            )
-    return write_page(parts, "headway: claims", Path(path))
+def measure_all(keys: Iterable[str], quick: bool = False) -> Iterator[System]:
+    """Measures the claims of several systems one after the other; one that fails does not take the others with it."""
+    for key in keys:
+        start = time.perf_counter()
+        try:
+            evidence, error = claim(key, quick), ""
+        except Exception as failure:
+            evidence, error = [], f"{type(failure).__name__}: {failure}"
+        yield System(key, evidence, time.perf_counter() - start, error)

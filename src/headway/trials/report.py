@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headway.signals.page import _page as write_page
+from headway import pages
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from headway.trials.comparison import Comparison
 
 COLOURS = ("#4c6ef5", "#e8590c", "#2b8a3e", "#c2255c", "#0c8599", "#9c36b5", "#846a00", "#5c677d")
+_STYLE = "td{max-width:340px;overflow:hidden;text-overflow:ellipsis}"
 
 
 def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
@@ -35,9 +35,8 @@ def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     parts = [
         f"<h1>{html.escape(task['name'])}: {len(comparison.arms)} arms side by side</h1>",
         f'<div class="quiet">same task, same seeds, same budget; batch {request["batch_size"]}, {request["precision"]}</div>',
-        '<div class="cards">'
-        + "".join(f'<div class="card"><b>{html.escape(v)}</b><span>{html.escape(t)}</span></div>' for v, t in cards),
-        "</div><h2>Summary</h2>",
+        pages.cards(cards),
+        "<h2>Summary</h2>",
         _summary(comparison),
     ]
     embed = True
@@ -50,9 +49,7 @@ def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
         if figure is None:
             parts.append('<p class="quiet">Nothing was recorded.</p>')
             continue
-        config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-        inner = figure.to_html(full_html=False, include_plotlyjs=embed, config=config)
-        parts.append(f'<div class="plot">{inner}</div>')
+        parts.append(pages.plot(figure, embed))
         embed = False
     parts += [
         "<h2>What each arm changed</h2>",
@@ -60,15 +57,8 @@ def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
         "<h2>Machine and versions</h2>",
         _machine(comparison),
     ]
-    parts += ["<h2>Run it again</h2>", f"<pre><code>{html.escape(comparison.command)}</code></pre>", _EXTRA_STYLE]
-    return write_page(parts, f"headway: {task['name']}", Path(path))
-
-
-_EXTRA_STYLE = (
-    "<style>pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}"
-    "pre code{background:none;padding:0}details{margin:6px 0}summary{cursor:pointer}tr.best td{font-weight:600}"
-    "td{max-width:340px;overflow:hidden;text-overflow:ellipsis}</style>"
-)
+    parts += ["<h2>Run it again</h2>", f"<pre><code>{html.escape(comparison.command)}</code></pre>"]
+    return pages.write_page(parts, f"headway: {task['name']}", path, _STYLE)
 
 
 def _summary(comparison: Comparison) -> str:
@@ -98,13 +88,10 @@ def _summary(comparison: Comparison) -> str:
             "–" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f} MiB",
             "–" if row.parameters is None else f"{row.parameters:,}",
         ]
-        kind = ' class="best"' if row.best else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
+        lines.append(cells)
     note = f'<p class="quiet">mean ± sample standard deviation over {len(comparison.seeds)} seed(s)</p>'
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     return (
-        table
+        pages.table(heads, lines, ("best" if row.best else "" for row in comparison.rows))
         + note
         + "".join(f'<div class="finding critical"><em>failed</em>{html.escape(f)}</div>' for f in comparison.failures)
     )
@@ -252,34 +239,20 @@ def _changes(comparison: Comparison) -> str:
         if not row.changes:
             blocks.append(f"<p><b>{html.escape(row.arm)}</b> <span class='quiet'>changes nothing</span></p>")
             continue
-        lines = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(str(change[key]))}</td>" for key in ("name", "technique", "before", "after"))
-            + "</tr>"
-            for change in row.changes
-        )
-        head = "<tr><th>module</th><th>technique</th><th>before</th><th>after</th></tr>"
+        keys = ("name", "technique", "before", "after")
+        lines = ([str(change[key]) for key in keys] for change in row.changes)
         blocks.append(
             f"<details><summary><b>{html.escape(row.arm)}</b>: {html.escape(row.changed())}</summary>"
-            f'<div class="scroll"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div></details>'
+            f"{pages.table(('module', *keys[1:]), lines)}</details>"
         )
     return "".join(blocks)
 
 
 def _machine(comparison: Comparison) -> str:
     facts = next((f for by_seed in comparison.facts.values() for f in by_seed.values() if f.get("machine")), {})
-    pairs: list[tuple[str, str]] = []
-    for key in ("machine", "versions"):
-        value = facts.get(key) or {}
-        items = value.items() if isinstance(value, dict) else [(key, value)]
-        pairs += [(str(name), v if isinstance(v, str) else json.dumps(v)) for name, v in items]
     seconds = [s for arm in comparison.arms for seed in comparison.seeds if (s := _seconds(comparison, arm, seed))]
-    if seconds:
-        pairs.append(("training time of a run", f"median {statistics.median(seconds):.1f} s"))
-    if not pairs:
-        return '<p class="quiet">Nothing was recorded.</p>'
-    lines = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in pairs)
-    return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+    timing = {"training time of a run": f"median {statistics.median(seconds):.1f} s"} if seconds else {}
+    return pages.facts(facts.get("machine") or {}, facts.get("versions") or {}, timing)
 
 
 def _seconds(comparison: Comparison, arm: str, seed: int) -> float | None:
