@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from headway.anatomy import Anatomy, describe
+
 KINDS = ("pre", "post", "stream")
 ALL_KINDS = (*KINDS, "norm", "other")
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -62,12 +64,23 @@ def _is_attention(module: nn.Module) -> bool:
     return named(module) and not any(named(inner) for inner in module.modules() if inner is not module)
 
 
-def find(model: nn.Module, layers: Layers | None = None, kinds: Sequence[str] = KINDS) -> list[Point]:
+def anatomy_of(model: nn.Module) -> Anatomy | None:
+    """The model's anatomy, or None where it is of no known family."""
+    try:
+        return describe(model)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def find(
+    model: nn.Module, layers: Layers | None = None, kinds: Sequence[str] = KINDS, anatomy: Anatomy | None = None
+) -> list[Point]:
     """The points of ``model``, in the order of its modules.
 
     Args:
         layers: a glob on qualified names, several, or a predicate (name, module); whatever matches is a point.
         kinds: which kinds to keep.
+        anatomy: the model's, if known already.
 
     Raises:
         ValueError: an unknown kind, or a filter that matches nothing.
@@ -76,7 +89,7 @@ def find(model: nn.Module, layers: Layers | None = None, kinds: Sequence[str] = 
         kinds = (kinds,)
     if unknown := [kind for kind in kinds if kind not in ALL_KINDS]:
         raise ValueError(f"kinds {unknown} are unknown; choose from {', '.join(ALL_KINDS)}")
-    blocks = _blocks(model)
+    blocks = _blocks(model, anatomy or anatomy_of(model))
     points: list[Point] = []
     for name, module in model.named_modules():
         name = plain_name(name)
@@ -118,17 +131,10 @@ def _matches(layers: Layers, name: str, module: nn.Module) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _blocks(model: nn.Module) -> dict[int, bool]:
+def _blocks(model: nn.Module, anatomy: Anatomy | None) -> dict[int, bool]:
     """id(module) -> tentative, for the residual blocks: by the model's known anatomy, else by their place in a stack."""
-    try:
-        from headway.anatomy import describe
-
-        names = [block.name for block in describe(model).blocks]
-        found = {id(model.get_submodule(name)): False for name in names}
-    except (ImportError, ValueError, TypeError, KeyError, AttributeError):
-        found = {}
-    if found:
-        return found
+    if anatomy is not None:
+        return {id(model.get_submodule(block.name)): False for block in anatomy.blocks}
     blocks: dict[int, bool] = {}
     inside: set[int] = set()
     for container in model.modules():

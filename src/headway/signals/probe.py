@@ -22,12 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from headway.anatomy import Anatomy
 from headway.signals.batch import call_model, check_batch, objective, split_targets
+from headway.signals.calls import Settings
 from headway.signals.findings import Traits, findings
 from headway.signals.flow import Flow
 from headway.signals.growth import growth
-from headway.signals.hooks import Recorder, Settings
-from headway.signals.points import KINDS, Layers, find, kind_of
+from headway.signals.hooks import Recorder
+from headway.signals.points import KINDS, Layers, anatomy_of, find, kind_of
+from headway.signals.reading import scale_of
 
 
 def probe(
@@ -87,7 +90,8 @@ def probe(
         RuntimeError: a hook could not be removed.
     """
     _check(model, unwrap, mode)
-    points = find(model, layers, kinds)
+    anatomy = anatomy_of(model)
+    points = find(model, layers, kinds, anatomy)
     inputs, targets = split_targets(inputs, loss, targets)
     check_batch(inputs, keywords)
     settings = Settings(
@@ -107,6 +111,7 @@ def probe(
         raise ValueError(f"max_samples={max_samples} leaves nothing to compare; give at least 2")
     if backward and torch.is_inference_mode_enabled():
         raise ValueError("backward=True cannot run inside torch.inference_mode(); leave it or pass backward=False")
+    scale_of(grad_scale)
     recorder = Recorder(points, settings, optimizer)
     with ExitStack() as stack:
         stack.enter_context(_restored(model, mode))
@@ -124,9 +129,6 @@ def probe(
         del output, value, start
         rows = recorder.rows()
     law = growth(rows, collapse_at)
-    scale = (
-        1.0 if grad_scale is None else grad_scale.get_scale() if hasattr(grad_scale, "get_scale") else float(grad_scale)
-    )
     notes = (
         []
         if loss is not None or "random" not in words
@@ -135,8 +137,8 @@ def probe(
     return Flow(
         rows,
         law,
-        findings(rows, law, traits(model), collapse_at, recorder.saved_total),
-        loss_value / scale,
+        findings(rows, law, traits(model, anatomy), collapse_at, recorder.saved_total),
+        loss_value / scale_of(grad_scale),
         words,
         recorder.saved_total,
         type(model).__name__,
@@ -144,20 +146,13 @@ def probe(
     )
 
 
-def traits(model: nn.Module) -> Traits:
+def traits(model: nn.Module, anatomy: Anatomy | None) -> Traits:
     """What of the model's make the advice depends on."""
-    norms = [m for m in model.modules() if kind_of(m) == "norm"]
+    kinds = [type(module).__name__ for module in model.modules() if kind_of(module) == "norm"]
     attention = any("Attention" in type(m).__name__ or "Attn" in type(m).__name__ for m in model.modules())
-    placement = ""
-    try:
-        from headway.anatomy import describe
-
-        placements = {block.placement for block in describe(model).blocks}
-        placement = placements.pop() if len(placements) == 1 else "mixed" if placements else ""
-    except (ImportError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    plain = sum(type(m).__name__ == "LayerNorm" for m in norms)
-    return Traits(attention, len(norms), plain, placement)
+    placements = {block.placement for block in anatomy.blocks} if anatomy is not None else set()
+    placement = placements.pop() if len(placements) == 1 else "mixed" if placements else ""
+    return Traits(attention, len(kinds), kinds.count("LayerNorm"), placement)
 
 
 def _runs_itself(loss: Any, inputs: tuple, keywords: dict) -> bool:

@@ -11,6 +11,7 @@ For a tensor A whose rows a_b are its samples, flattened, and M_ij = <a_i, a_j> 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 CHUNK = 1 << 13
 # features that stand side by side in a random subsample: whole runs are read without gathering
 RUN = 256
+# entries of token vectors that are converted or lined up at a time
+TOKENS = 1 << 20
 
 
 def mean_cosine(x: Tensor, centered: bool = False) -> Tensor:
@@ -57,37 +60,60 @@ def gram(
         centered: subtract the mean sample first.
         size: the largest |x|, if known; it decides whether x is scaled before squares are taken, so that none overflows.
     """
-    x = x.detach().movedim(batch_dim, 0)
-    batch = x.shape[0]
-    if max_samples is not None and batch > max_samples:
-        x = x[:: batch // max_samples][:max_samples]
+    x = _spaced(x.detach().movedim(batch_dim, 0), max_samples)
     work = torch.float64 if x.dtype is torch.float64 else torch.float32
     if size is None:
         size = float(x.abs().amax()) if x.numel() else 0.0
     scale = 1.0 if not 0 < size < math.inf or 1e-12 < size < 1e12 else 1.0 / size
-    out = torch.zeros(x.shape[0], x.shape[0], dtype=work, device=x.device)
-    if x.numel() == 0:
-        return out
+    features = x[0].numel() if x.shape[0] else 0
     plain = x.dtype is work and scale == 1.0 and not centered
-    features = x[0].numel()
-    with torch.autocast(x.device.type, enabled=False):
-        if max_features is not None and features > max_features:
-            for piece in _random_runs(x, max_features, seed):
-                _add_products(out, piece, work, scale, centered, plain)
+    subsampled = max_features is not None and features > max_features
+    with exact(x.device):
+        if plain and not subsampled and x.is_contiguous():
+            pieces = (x.view(x.shape[0], features),)
+        elif subsampled:
+            pieces = _random_runs(x, max_features or 0, seed)
         else:
-            for piece in _pieces(x, CHUNK if not plain else 4 * CHUNK):
-                _add_products(out, piece, work, scale, centered, plain)
-    return out
+            pieces = _pieces(x, CHUNK if not plain else 4 * CHUNK)
+        out = torch.zeros(x.shape[0], x.shape[0], dtype=work, device=x.device)
+        for piece in pieces if x.numel() else ():
+            if not plain:
+                piece = piece.to(work)
+                if scale != 1.0:
+                    piece = piece * scale
+                if centered:
+                    piece = piece - piece.mean(0)
+            _add_products(out, piece)
+    return out if _whole(out) else out.tril() + out.tril(-1).mT
 
 
-def _add_products(out: Tensor, piece: Tensor, work: torch.dtype, scale: float, centered: bool, plain: bool) -> None:
-    if not plain:
-        piece = piece.to(work)
-        if scale != 1.0:
-            piece = piece * scale
-        if centered:
-            piece = piece - piece.mean(0)
-    out.addmm_(piece, piece.mT)
+def exact(device: torch.device) -> AbstractContextManager[object]:
+    """Switches autocast off, where it is on: statistics are not to be rounded."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _spaced(x: Tensor, samples: int | None) -> Tensor:
+    """At most this many samples, evenly spaced over the batch."""
+    return x if samples is None or x.shape[0] <= samples else x[:: x.shape[0] // samples][:samples]
+
+
+def _whole(out: Tensor) -> bool:
+    """Whether all of the symmetric product is computed: where it is small or launches cost, half of it gains nothing."""
+    return out.shape[0] < 32 or out.device.type != "cpu"
+
+
+def _add_products(out: Tensor, piece: Tensor) -> None:
+    """Adds the inner products of the samples to ``out`` on and below the diagonal (above it, what comes along)."""
+    samples = piece.shape[0]
+    if _whole(out):
+        out.addmm_(piece, piece.mT)
+        return
+    rows = samples // 4
+    for first in range(0, samples, rows):
+        last = min(samples, first + rows)
+        out[first:last, :last].addmm_(piece[first:last], piece[:last].mT)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -147,22 +173,32 @@ def cosines(g: Tensor) -> tuple[Tensor, Tensor]:
 
 def cosine_of(g: Tensor) -> Tensor:
     """cos from inner products (..., B, B)."""
-    samples = g.shape[-1]
-    if samples < 2:
-        return torch.full(g.shape[:-2], math.nan, dtype=torch.float64, device=g.device)
-    m = cosines(g)[0]
-    return (m.sum((-2, -1)) - m.diagonal(dim1=-2, dim2=-1).sum(-1)) / (samples * (samples - 1))
+    return _mean_off_diagonal(cosines(g)[0])
 
 
 def rank_of(g: Tensor) -> Tensor:
     """Stable rank from inner products (..., B, B); NaN where every sample is zero or something is not finite."""
-    samples = g.shape[-1]
+    return _stable_rank(cosines(g)[0])
+
+
+def likeness(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable rank, cos and number of all-zero samples (float64) from inner products (..., B, B)."""
+    m, zeros = cosines(g)
+    return _stable_rank(m), _mean_off_diagonal(m), zeros.double()
+
+
+def _mean_off_diagonal(m: Tensor) -> Tensor:
+    samples = m.shape[-1]
     if samples < 2:
-        return torch.full(g.shape[:-2], math.nan, dtype=torch.float64, device=g.device)
-    m = cosines(g)[0]
+        return torch.full(m.shape[:-2], math.nan, dtype=torch.float64, device=m.device)
+    return (m.sum((-2, -1)) - m.diagonal(dim1=-2, dim2=-1).sum(-1)) / (samples * (samples - 1))
+
+
+def _stable_rank(m: Tensor) -> Tensor:
+    if m.shape[-1] < 2:
+        return torch.full(m.shape[:-2], math.nan, dtype=torch.float64, device=m.device)
     finite = m.isfinite().all(-1).all(-1)
-    m = torch.where(finite[..., None, None], m, 0.0)
-    largest = torch.linalg.eigvalsh(m)[..., -1]
+    largest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], m, 0.0))[..., -1]
     trace = m.diagonal(dim1=-2, dim2=-1).sum(-1)
     return torch.where(finite & (trace > 0), trace / largest, math.nan)
 
@@ -172,21 +208,20 @@ def between_tokens(x: Tensor, max_samples: int | None = 64) -> Tensor:
 
     With unit vectors u_t it is (|sum_t u_t|^2 - T) / (T (T - 1)), so no T x T matrix is needed; tokens of zeros are left out.
     """
-    x = x.detach()
-    if max_samples is not None and x.shape[0] > max_samples:
-        x = x[:: x.shape[0] // max_samples][:max_samples]
+    x = _spaced(x.detach(), max_samples)
+    samples, tokens, features = x.shape
+    if tokens < 2 or samples == 0:
+        return torch.full((), math.nan, dtype=torch.float64, device=x.device)
     work = torch.float64 if x.dtype is torch.float64 else torch.float32
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    if x.shape[1] < 2:
-        return total / 0
-    counted = torch.zeros((), dtype=torch.float64, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        for sample in x:
-            sample = sample.to(work)
-            norms = torch.linalg.vector_norm(sample, dim=-1)
-            count = (norms > 0).sum().double()
-            weights = torch.where(norms > 0, 1 / norms, 0.0)
-            summed = (weights @ sample).double().square().sum()
-            total += torch.where(count > 1, (summed - count) / (count * (count - 1)).clamp(min=1), 0.0)
-            counted += count > 1
-    return total / counted
+    parts = []
+    with exact(x.device):
+        for part in x.split(max(1, TOKENS // max(1, tokens * features))):
+            part = part.to(work)
+            norms = torch.linalg.vector_norm(part, dim=-1)
+            # a token of zeros stays zero, whatever it is divided by
+            total = norms.clamp(min=torch.finfo(work).tiny).reciprocal()[:, None] @ part
+            count = torch.count_nonzero(norms, -1).double()
+            square = torch.linalg.vector_norm(total, dim=(1, 2)).double().square()
+            parts.append((square - count) / (count * (count - 1)))
+    # a sample with fewer than two tokens that are not zero has no pairs, and is left out
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).nanmean()

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from headway.signals.calls import Settings
 from headway.signals.findings import findings
 from headway.signals.flow import Flow, aligned
 from headway.signals.growth import growth
-from headway.signals.hooks import Recorder, Settings
-from headway.signals.points import KINDS, Layers, find
+from headway.signals.hooks import Recorder
+from headway.signals.points import KINDS, Layers, anatomy_of, find
 from headway.signals.probe import is_compiled, traits
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Monitor:
         if is_compiled(model):
             raise TypeError("the model is compiled, and compiled code runs no hooks; watch a run of the plain model")
         self.model, self.every, self.step = model, every, 0
-        self._points = find(model, layers, kinds)
+        anatomy = anatomy_of(model)
+        self._points = find(model, layers, kinds, anatomy)
         self._settings = Settings(
             max_samples,
             max_features,
@@ -91,7 +93,7 @@ class Monitor:
             saved=saved,
         )
         self._optimizer, self._collapse_at = optimizer, collapse_at
-        self._traits = traits(model)
+        self._traits = traits(model, anatomy)
         self._flows: deque[tuple[int, Flow]] = deque(maxlen=keep)
         self._root: list[Any] = []
         self._recorder: Recorder | None = None
