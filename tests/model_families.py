@@ -161,19 +161,19 @@ def run(name: str, model: nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-MOVABLE = ["headway", "torch pre", "torch post", "gpt2", "llama", "mistral", "qwen2", "gpt_neox", "bert", "vit"]
-DESCRIBED = [
+MOVABLE = [
+    "headway",
+    "torch pre",
+    "torch post",
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
     "gemma",
-    "gemma2",
-    "gemma3",
-    "olmo2",
-    "phi",
     "phi3",
+    "gpt_neox",
     "opt",
-    "opt 350m",
-    "gptj",
-    "t5",
-    "whisper",
-    "clip",
-    "timm",
+    "bert",
+    "vit",
 ]
+DESCRIBED = ["gemma2", "gemma3", "olmo2", "phi", "opt 350m", "gptj", "t5", "whisper", "clip", "timm"]

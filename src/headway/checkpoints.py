@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import glob
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from headway.surgery import Edit, SetAttribute, Technique, apply
+from headway.surgery import Edit, SetAttribute, Site, Technique, apply
 
 
-def record(model: nn.Module, technique: Technique) -> list[Edit]:
-    """The edit that notes ``technique`` in a Hugging Face model's configuration; no edit for any other model."""
+def record(model: nn.Module, technique: Technique, sites: Sequence[Site] | None = None) -> list[Edit]:
+    """The edit that notes ``technique`` in a Hugging Face model's configuration; no edit for any other model.
+
+    ``sites`` are the modules the user allowed to change; where they are not all of the model's, their names are noted too.
+    """
     config = getattr(model, "config", None)
     if not (hasattr(config, "to_dict") and hasattr(config, "save_pretrained")):
         return []
     kind = type(technique)
-    entry = {"technique": f"{kind.__module__}:{kind.__qualname__}", "settings": _settings(technique)}
+    entry: dict[str, Any] = {"technique": f"{kind.__module__}:{kind.__qualname__}", "settings": _settings(technique)}
+    if sites is not None and (where := _where(model, sites)) is not None:
+        entry["where"] = where
     return [SetAttribute(config, "headway", [*getattr(config, "headway", []), entry], name="config.headway")]
+
+
+def _where(model: nn.Module, sites: Sequence[Site]) -> list[str] | None:
+    """Globs that name exactly ``sites``, with one for each whole branch of the model; None where they are all of it."""
+    allowed = {id(site.module) for site in sites}
+    found: list[str] = []
+    whole = ""
+    for name, module in model.named_modules():
+        if whole and name.startswith(whole + "."):
+            continue
+        if id(module) not in allowed:
+            continue
+        found.append(glob.escape(name))
+        if all(id(inner) in allowed for inner in module.modules()):
+            if module is model:
+                return None
+            whole = name
+            if any(True for _ in module.children()):
+                found.append(glob.escape(name) + ".*")
+    return found
 
 
 def _settings(technique: Technique) -> dict[str, Any]:
@@ -52,7 +80,7 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
     kind: Any = getattr(transformers, name) if model_class is None else model_class
     model = kind(config)
     for entry in entries:
-        apply(model, _technique(entry))
+        apply(model, _technique(entry), where=entry.get("where"))
     index = folder / "model.safetensors.index.json"
     files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -62,6 +90,8 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}; headway loads safetensors weights")
         state.update(load_file(folder / file))
+    names = _names_on_disk(model)
+    state = {names.get(key, key): tensor for key, tensor in state.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in state}
     lost = [name for name in missing if id(dict(model.named_parameters(remove_duplicate=False)).get(name)) not in tied]
@@ -70,6 +100,21 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
             f"the weights in {folder} do not fit: missing {', '.join(lost) or 'none'}, unexpected {', '.join(unexpected) or 'none'}"
         )
     return model.eval()
+
+
+def _names_on_disk(model: nn.Module) -> dict[str, str]:
+    """Name in a saved file -> name in the model, for what transformers saves under the names of an earlier version (ViT, GPT-NeoX)."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions of transformers that rename nothing
+        return {}
+    keys = list(model.state_dict())
+    numbered: dict[str, Any] = {key: torch.tensor(i) for i, key in enumerate(keys)}
+    try:
+        saved = revert_weight_conversion(model, numbered)  # type: ignore[arg-type]
+    except Exception:  # a family whose tensors are merged or split as well cannot be told by names
+        return {}
+    return {name: keys[int(number)] for name, number in saved.items() if number.dim() == 0}
 
 
 def _technique(entry: dict[str, Any]) -> Technique:

@@ -10,6 +10,7 @@ from torch import nn
 import headway as hw
 from headway.anatomy import describe
 from headway.residual.placement import Placement, PretrainedWeightsWarning
+from headway.residual.placement_record import PlacementMismatchWarning
 from headway.residual.rewiring import KINDS, rewire
 from headway.surgery import Swap
 
@@ -70,12 +71,14 @@ def test_gradient_checkpointing_keeps_the_gradients():
 
 def test_parameter_names_stay_and_peri_adds_only_output_norms():
     model = build("llama")
-    names = set(model.state_dict())
+    names, keys = set(dict(model.named_parameters())), set(model.state_dict())
     hw.apply(model, hw.MixLN())
-    assert set(model.state_dict()) == names
+    assert set(dict(model.named_parameters())) == names
+    assert set(model.state_dict()) - keys == {"model.norm_placement"}
     hw.undo(model)
+    assert set(model.state_dict()) == keys
     hw.apply(model, hw.PeriLN())
-    added = set(model.state_dict()) - names
+    added = set(dict(model.named_parameters())) - names
     assert len(added) == 8 and all("output_norm" in name for name in added)
 
 
@@ -205,14 +208,14 @@ def test_there_and_back_gives_the_same_function_and_the_same_parameters(name):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    before, names = run(name, model), set(model.state_dict())
+    before, names = run(name, model), set(dict(model.named_parameters()))
     home = describe(model).blocks[0].placement
     for away in ("pre", "peri"):
         if away != home:
             hw.apply(model, Placement(away))
             hw.apply(model, Placement(home))
             assert torch.allclose(run(name, model), before, atol=1e-6)
-            assert set(model.state_dict()) == names
+            assert set(dict(model.named_parameters())) == names
 
 
 def test_hooks_on_every_norm_of_the_own_transformer_fire():
@@ -229,3 +232,92 @@ def test_the_scheme_of_a_named_technique_is_fixed():
     assert hw.MixLN(0.5).alpha == 0.5
     with pytest.raises(TypeError, match="scheme"):
         hw.PeriLN(scheme="pre")
+
+
+def cross_attending(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=4, n_head=4, add_cross_attention=True, resid_pdrop=0, attn_pdrop=0
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=50, is_decoder=True, add_cross_attention=True, **sizes)
+    return transformers.BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_cross_attention_is_a_branch_with_a_norm_of_its_own(kind):
+    model, memory = cross_attending(kind), torch.randn(2, 7, 32)
+    plain, crossed = model(IDS).logits, model(IDS, encoder_hidden_states=memory).logits
+    for block in describe(model).blocks:
+        layer = model.get_submodule(block.name)
+        Swap(model, block.name, layer, rewire(layer, block.placement, block.index, 4)).do()
+    assert torch.allclose(model(IDS).logits, plain, atol=1e-6)
+    assert torch.allclose(model(IDS, encoder_hidden_states=memory).logits, crossed, atol=1e-6)
+    model = hw.apply(cross_attending(kind), hw.PeriLN())
+    norms = [name for name, _ in model.named_parameters() if "cross_attention_output_norm.weight" in name]
+    assert len(norms) == 4
+    model(IDS, encoder_hidden_states=memory).logits.sum().backward()
+    assert model.get_parameter(norms[0]).grad.any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "torch pre"])
+def test_weights_of_another_placement_do_not_load_without_a_word(name):
+    plain, moved = build(name), hw.apply(build(name), hw.MixLN(alpha=0.5) if name != "bert" else Placement("pre"))
+    with pytest.warns(PlacementMismatchWarning, match="no record of where their norms sat.*has its norms placed"):
+        moved.load_state_dict(plain.state_dict(), strict=name != "bert")
+    other = hw.apply(build(name), Placement("peri") if name == "bert" else hw.MixLN(alpha=0.75))
+    with pytest.warns(PlacementMismatchWarning, match="were trained with the norms placed"):
+        moved.load_state_dict(other.state_dict(), strict=False)
+    twin = copy.deepcopy(moved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlacementMismatchWarning)
+        twin.load_state_dict(moved.state_dict())
+        pickle.loads(pickle.dumps(moved)).load_state_dict(moved.state_dict())
+        moved.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match="norm_placement"):
+        plain.load_state_dict(moved.state_dict())
+    with pytest.warns(PlacementMismatchWarning):
+        twin.load_state_dict(plain.state_dict(), strict=False)
+    hw.undo(moved)
+    assert set(moved.state_dict()) == set(plain.state_dict())
+    assert not any(module._load_state_dict_pre_hooks for module in moved.modules())
+
+
+def test_where_is_kept_with_the_configuration(tmp_path):
+    model = hw.apply(build("llama"), hw.PeriLN(), where=["model.layers.1", "model.layers.3*"])
+    assert model.config.headway[0]["where"] == [
+        f"model.layers.{i}{rest}" for i in (1, 3) for rest in (("",) if i == 1 else ("", ".*"))
+    ]
+    model.save_pretrained(tmp_path)
+    loaded = hw.load_pretrained(tmp_path)
+    assert [block.placement for block in describe(loaded).blocks] == ["pre", "peri", "pre", "peri"]
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    scaled = hw.apply(build("gpt2"), hw.ScaleResiduals(0.5), where=lambda site: ".mlp" in site.name)
+    scaled.save_pretrained(tmp_path / "scaled")
+    assert torch.equal(hw.load_pretrained(tmp_path / "scaled")(IDS).logits, scaled(IDS).logits)
+    everywhere = hw.apply(build("llama"), hw.PeriLN(), where="*")
+    assert "where" not in everywhere.config.headway[0]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "vit"])
+def test_folders_with_the_names_of_earlier_transformers_are_read(name, tmp_path):
+    model = hw.apply(build(name), hw.PeriLN(output_gain=0.5))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(name, hw.load_pretrained(tmp_path)), run(name, model))
+
+
+def test_text_and_image_tower_of_clip_are_mixed_each_by_its_own_depth():
+    model = build("clip")
+    before = run("clip", model)
+    hw.apply(model, hw.MixLN(alpha=0.5))
+    assert [[b.placement for b in stack.blocks].count("post") for stack in describe(model).stacks] == [2, 1]
+    hw.undo(model)
+    assert torch.equal(run("clip", model), before)
+    assert model.text_model.encoder.layers[0].__class__.__name__ == "CLIPEncoderLayer"
+    for block in describe(model).blocks:
+        layer = model.get_submodule(block.name)
+        Swap(model, block.name, layer, rewire(layer, "pre", block.index, 4)).do()
+    assert torch.allclose(run("clip", model), before, atol=1e-5)

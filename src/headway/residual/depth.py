@@ -10,6 +10,7 @@ a well-tuned normalised network in accuracy.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -78,20 +79,22 @@ class _HoldsScale(nn.Module):
         self.scale_mode, self.scale_n = scale, n
         self.branch_scale = nn.Parameter(torch.tensor(value)) if is_learned(scale) else value
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> Tensor:
         value = None if isinstance(self.branch_scale, Tensor) else self.branch_scale
-        mode = list(self.scale_mode) if isinstance(self.scale_mode, tuple) else self.scale_mode
-        return {"scale": mode, "n": self.scale_n, "value": value}
+        text = json.dumps({"scale": self.scale_mode, "n": self.scale_n, "value": value})
+        # letters as bytes, because formats such as safetensors keep only tensors
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if (state["value"] is None) != isinstance(self.branch_scale, Tensor):
+    def set_extra_state(self, state: Tensor) -> None:
+        saved = json.loads(bytes(state.tolist()))
+        if (saved["value"] is None) != isinstance(self.branch_scale, Tensor):
             raise ValueError(
-                f"the weights were saved with scale={state['scale']!r} and this branch has scale={self.scale_mode!r}; "
+                f"the weights were saved with scale={saved['scale']!r} and this branch has scale={self.scale_mode!r}; "
                 "apply the same mode before loading"
             )
-        self.scale_mode, self.scale_n = state["scale"], state["n"]
-        if state["value"] is not None:
-            self.branch_scale = state["value"]
+        self.scale_mode, self.scale_n = saved["scale"], saved["n"]
+        if saved["value"] is not None:
+            self.branch_scale = saved["value"]
 
 
 class Residual(_HoldsScale):
@@ -360,7 +363,7 @@ class ScaleResiduals(Technique):
             if addition.fast_path is not None:
                 # the fused inference path of torch.nn reads the weights and would pass over the factor
                 edits.append(SetAttribute(addition.fast_path, "activation_relu_or_gelu", 0, name=addition.name))
-        return [*edits, *record(model, self)]
+        return [*edits, *record(model, self, sites)]
 
 
 def _named(name: str, layers: Any) -> bool:

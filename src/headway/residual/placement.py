@@ -9,16 +9,17 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from headway.anatomy import Block, Stack, UnknownFamily, describe
 from headway.checkpoints import record
+from headway.residual.placement_record import RecordPlacement
 from headway.residual.placements import SCHEMES, placements
-from headway.residual.rewiring import KINDS, rewire
-from headway.residual.transformer import TransformerBlock, make_norm
+from headway.residual.rewiring import KINDS, can_rewire, places_itself, rewire
+from headway.residual.transformer import make_norm
 from headway.surgery import Edit, SetAttribute, Site, Swap, Technique
 
 
@@ -70,38 +71,47 @@ class Placement(Technique):
         stacks = describe(model).stacks
         for stack in stacks:
             wanted = placements(len(stack.blocks), self.scheme, self.alpha, self.order, self.n_post)
-            for block, placement in zip(stack.blocks, wanted, strict=True):
-                if block.name in allowed:
-                    found += self._move(model, stack, block, placement)
+            chosen = [
+                placement if block.name in allowed else block.placement
+                for block, placement in zip(stack.blocks, wanted, strict=True)
+            ]
+            moves = [self._move(model, stack, *pair) for pair in zip(stack.blocks, chosen, strict=True)]
+            found += [edit for edits in moves for edit in edits]
+            owner = model.get_submodule(stack.name)
+            # headway's own layers keep the record themselves
+            if any(moves) and stack.blocks[0].name and not places_itself(model.get_submodule(stack.blocks[0].name)):
+                found.append(RecordPlacement(owner, chosen, stack.name))
         if not found:
             return []
         self._warn(model, stacks)
-        return [*found, *_nested_tensors_off(model), *record(model, self)]
+        return [*found, *_nested_tensors_off(model), *record(model, self, sites)]
 
     def _move(self, model: nn.Module, stack: Stack, block: Block, placement: str) -> list[Edit]:
         layer = model.get_submodule(block.name)
         if block.placement == placement:
             return []
-        if isinstance(layer, TransformerBlock):
-            new: Any = _shallow(layer)
-            new.placement = placement
-            new._modules = {key: child for key, child in new._modules.items() if not key.endswith("_output_norm")}
-        elif block.placement == "parallel" or not any(kind.__name__ in KINDS for kind in type(layer).__mro__):
-            raise TypeError(
-                f"the norms of {type(layer).__name__} ({block.name}) cannot be moved: its branches are "
-                f"{block.placement}; layers that can be rewired: {', '.join(KINDS)}"
+        if block.placement == "parallel" or not can_rewire(layer):
+            parallel = block.placement == "parallel"
+            why = (
+                "its branches are parallel"
+                if parallel
+                else "how its forward strings the branches together is not known"
             )
-        else:
-            closing = self._closing(model, stack, block, placement)
-            plain = not hasattr(type(layer), "original")
-            if plain and stack.family == "torch.nn" and placement in ("pre", "post") and closing is None:
-                return [SetAttribute(layer, "norm_first", placement == "pre", name=block.name)]
-            new = rewire(layer, placement, block.index, len(stack.blocks))
-            # what an earlier placement added does not belong to this one
-            added = ("_output_norm", "closing_norm") if placement in ("post", "deepnorm") else ("_output_norm",)
-            new._modules = {key: child for key, child in new._modules.items() if not key.endswith(added)}
-            if closing is not None:
-                new.closing_norm = closing
+            raise TypeError(
+                f"the norms of {type(layer).__name__} ({block.name}) cannot be moved: {why}; layers that can be rewired: "
+                f"{', '.join(KINDS)}"
+            )
+        closing = self._closing(model, stack, block, placement)
+        # torch's own layers have a switch for these two
+        plain = stack.family == "torch.nn" and not hasattr(type(layer), "original")
+        if plain and placement in ("pre", "post") and closing is None:
+            return [SetAttribute(layer, "norm_first", placement == "pre", name=block.name)]
+        new = rewire(layer, placement, block.index, len(stack.blocks))
+        # what an earlier placement added does not belong to this one
+        added = ("_output_norm", "closing_norm") if placement in ("post", "deepnorm") else ("_output_norm",)
+        new._modules = {key: child for key, child in new._modules.items() if not key.endswith(added)}
+        if closing is not None:
+            new.closing_norm = closing
         for sublayer in block.sublayers:
             norm = model.get_submodule(sublayer.norm) if sublayer.norm else None
             if norm is None:

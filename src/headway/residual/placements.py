@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 SCHEMES = ("pre", "post", "peri", "output", "deepnorm", "layernorm_scaling")
@@ -76,16 +77,25 @@ def resolve(placement: str | Sequence[str], num_layers: int, alpha: float = 0.25
 def residual(
     x: Tensor,
     f: Callable[[Tensor], Tensor],
-    norm: Callable[[Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor] | None = None,
     placement: str = "pre",
     output_norm: Callable[[Tensor], Tensor] | None = None,
     index: int = 0,
     num_layers: int = 1,
 ) -> Tensor:
-    """One residual branch: ``x`` (..., d), the branch ``f``, its ``norm``, and for "peri" the ``output_norm`` on top.
+    """One residual branch of the stream ``x`` (..., d): the equations above, for a branch ``f``.
 
-    ``index`` and ``num_layers`` are the layer's global place, for "layernorm_scaling" and "deepnorm".
+    Args:
+        norm: layer norm without parameters by default.
+        output_norm: the norm on the branch's output under "peri"; needed where ``norm`` is given, because they are two norms.
+        index, num_layers: the layer's global place, for "layernorm_scaling" and "deepnorm".
+
+    Raises:
+        ValueError: unknown placement, or "peri" with ``norm`` and without ``output_norm``.
     """
+    if norm is None:
+        norm = _bare_layer_norm
+        output_norm = output_norm or _bare_layer_norm
     if placement == "pre":
         return x + f(norm(x))
     if placement == "post":
@@ -97,7 +107,11 @@ def residual(
     if placement == "output":
         return x + norm(f(x))
     if placement == "deepnorm":
-        return norm((2 * num_layers) ** 0.25 * x + f(x))
+        return norm(torch.add(f(x), x, alpha=(2 * num_layers) ** 0.25))
     if placement == "layernorm_scaling":
         return x + f(norm(x) * (index + 1) ** -0.5)
     raise ValueError(f"unknown placement {placement!r}; choose one of {', '.join(SCHEMES)}")
+
+
+def _bare_layer_norm(x: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:])

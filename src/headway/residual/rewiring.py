@@ -2,7 +2,8 @@
 
 The new layer is an instance of a subclass of the old one's class that shares all its children, so names, parameters and
 ``isinstance`` stay as they are; only its ``forward`` follows another order. What each family's branches are is told by
-:func:`branches`; where a norm goes is told by :func:`headway.residual.placements.residual`.
+:func:`branches`; where a norm goes is told by :func:`headway.residual.placements.residual`. Layers that have a ``placement`` of
+their own (headway's) keep their class.
 """
 
 from __future__ import annotations
@@ -12,56 +13,54 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.residual.placements import residual
+from headway.residual.seams import Branch, run
 
-Branch = tuple[str, nn.Module, Callable[[Tensor], Tensor], nn.Module | None]
-
-
-def _arguments(module: nn.Module, original: type, args: tuple, kwargs: dict) -> tuple[Tensor, dict[str, Any]]:
-    """The stream and everything else the layer was called with, by name."""
-    signature = inspect.signature(original.forward)
-    bound = signature.bind(module, *args, **kwargs)
-    named: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    x = named.pop(next(iter(named)))
-    return x, named
+Part = tuple[str, nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]
 
 
-def _no_cross_attention(named: dict[str, Any]) -> dict[str, Any]:
-    if named.pop("encoder_hidden_states", None) is not None:
-        raise NotImplementedError("cross-attention inside a rewired layer is not supported; rewire decoder-only models")
-    named.pop("encoder_attention_mask", None)
-    return named
-
-
-def branches(layer: Any, kind: str, named: dict[str, Any]) -> list[Branch]:
-    """(name, norm, function of the stream, dropout after it) for each residual branch of a layer."""
+def branches(layer: Any, kind: str, named: dict[str, Any]) -> list[Part]:
+    """(name, norm, function of the stream, dropout after it) for each residual branch of a layer called with ``named``."""
     if kind == "llama":
-        return [
-            ("attention", layer.input_layernorm, lambda y: layer.self_attn(hidden_states=y, **named)[0], None),
-            ("mlp", layer.post_attention_layernorm, layer.mlp, None),
-        ]
-    if kind == "gpt2":
-        named = _no_cross_attention(named)
-        return [
-            ("attention", layer.ln_1, lambda y: layer.attn(y, **named)[0], None),
-            ("mlp", layer.ln_2, layer.mlp, None),
-        ]
-    if kind == "gpt_neox":
         return [
             (
                 "attention",
                 layer.input_layernorm,
-                lambda y: layer.attention(y, **named)[0],
-                layer.post_attention_dropout,
+                lambda y: layer.self_attn(hidden_states=y, **named)[0],
+                getattr(layer, "resid_attn_dropout", None),
             ),
+            ("mlp", layer.post_attention_layernorm, layer.mlp, getattr(layer, "resid_mlp_dropout", None)),
+        ]
+    if kind == "gpt2":
+        memory, memory_mask = named.pop("encoder_hidden_states", None), named.pop("encoder_attention_mask", None)
+        found: list[Part] = [("attention", layer.ln_1, lambda y: layer.attn(y, **named)[0], None)]
+        if memory is not None:
+            seen = {key: named.get(key) for key in ("past_key_values", "attention_mask")}
+            seen |= {"encoder_hidden_states": memory, "encoder_attention_mask": memory_mask}
+            found.append(("cross_attention", layer.ln_cross_attn, lambda y: layer.crossattention(y, **seen)[0], None))
+        return [*found, ("mlp", layer.ln_2, layer.mlp, None)]
+    if kind == "gpt_neox":
+        attention = layer.attention
+        return [
+            ("attention", layer.input_layernorm, lambda y: attention(y, **named)[0], layer.post_attention_dropout),
             ("mlp", layer.post_attention_layernorm, layer.mlp, layer.post_mlp_dropout),
+        ]
+    if kind == "opt":
+
+        def drop(y: Tensor) -> Tensor:
+            return F.dropout(y, layer.dropout, layer.training)
+
+        attend, feed = layer.self_attn, lambda y: layer.fc2(layer.activation_fn(layer.fc1(y)))
+        return [
+            ("attention", layer.self_attn_layer_norm, lambda y: attend(hidden_states=y, **named)[0], drop),
+            ("mlp", layer.final_layer_norm, feed, drop),
+        ]
+    if kind == "clip":
+        return [
+            ("attention", layer.layer_norm1, lambda y: layer.self_attn(hidden_states=y, **named)[0], None),
+            ("mlp", layer.layer_norm2, layer.mlp, None),
         ]
     if kind == "vit":
         return [
@@ -69,59 +68,49 @@ def branches(layer: Any, kind: str, named: dict[str, Any]) -> list[Branch]:
             ("mlp", layer.layernorm_after, layer.mlp, layer.dropout),
         ]
     if kind == "bert":
-        named = _no_cross_attention(named)
-        inner, out = layer.attention, layer.output
-        return [
-            (
-                "attention",
-                inner.output.LayerNorm,
-                lambda y: inner.output.dense(inner.self(y, **named)[0]),
-                inner.output.dropout,
-            ),
-            ("mlp", out.LayerNorm, lambda y: out.dense(layer.intermediate(y)), out.dropout),
-        ]
-    if kind == "torch.nn encoder":
+        return _bert(layer, named)
+    return _torch(layer, kind, named)
 
-        def attend(y: Tensor) -> Tensor:
-            return layer.self_attn(
-                y,
-                y,
-                y,
-                attn_mask=named.get("src_mask"),
-                key_padding_mask=named.get("src_key_padding_mask"),
-                need_weights=False,
-                is_causal=named.get("is_causal", False),
-            )[0]
 
-        return [
-            ("attention", layer.norm1, attend, layer.dropout1),
-            ("mlp", layer.norm2, lambda y: _feed_forward(layer, y), layer.dropout2),
-        ]
-    memory = named["memory"]
+def _bert(layer: Any, named: dict[str, Any]) -> list[Part]:
+    memory, memory_mask = named.pop("encoder_hidden_states", None), named.pop("encoder_attention_mask", None)
 
-    def attend_self(y: Tensor) -> Tensor:
-        mask, padding = named.get("tgt_mask"), named.get("tgt_key_padding_mask")
-        causal = named.get("tgt_is_causal", False)
-        return layer.self_attn(y, y, y, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=causal)[
-            0
-        ]
+    def attention(name: str, module: Any, arguments: dict[str, Any]) -> Part:
+        out = module.output
+        return name, out.LayerNorm, lambda y: out.dense(module.self(y, **arguments)[0]), out.dropout
 
-    def attend_memory(y: Tensor) -> Tensor:
-        mask, padding = named.get("memory_mask"), named.get("memory_key_padding_mask")
-        causal = named.get("memory_is_causal", False)
-        return layer.multihead_attn(
-            y, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=causal
-        )[0]
+    found = [attention("attention", layer.attention, named)]
+    if memory is not None:
+        seen = {**named, "encoder_hidden_states": memory, "attention_mask": memory_mask}
+        found.append(attention("cross_attention", layer.crossattention, seen))
+    out = layer.output
+    return [*found, ("mlp", out.LayerNorm, lambda y: out.dense(layer.intermediate(y)), out.dropout)]
 
-    return [
-        ("attention", layer.norm1, attend_self, layer.dropout1),
-        ("cross_attention", layer.norm2, attend_memory, layer.dropout2),
-        ("mlp", layer.norm3, lambda y: _feed_forward(layer, y), layer.dropout3),
+
+def _torch(layer: Any, kind: str, named: dict[str, Any]) -> list[Part]:
+    stream, memory = ("src", None) if kind == "torch.nn encoder" else ("tgt", named["memory"])
+    causal = "is_causal" if memory is None else "tgt_is_causal"
+
+    def attend(module: Any, side: str, is_causal: str, y: Tensor, keys: Tensor) -> Tensor:
+        mask, padding = named.get(f"{side}_mask"), named.get(f"{side}_key_padding_mask")
+        hint = named.get(is_causal, False)
+        return module(y, keys, keys, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=hint)[0]
+
+    found: list[Part] = [
+        ("attention", layer.norm1, lambda y: attend(layer.self_attn, stream, causal, y, y), layer.dropout1)
     ]
-
-
-def _feed_forward(layer: Any, y: Tensor) -> Tensor:
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(y))))
+    if memory is not None:
+        across = layer.multihead_attn
+        found.append(
+            (
+                "cross_attention",
+                layer.norm2,
+                lambda y: attend(across, "memory", "memory_is_causal", y, memory),
+                layer.dropout2,
+            )
+        )
+    norm, drop = (layer.norm2, layer.dropout2) if memory is None else (layer.norm3, layer.dropout3)
+    return [*found, ("mlp", norm, lambda y: layer.linear2(layer.dropout(layer.activation(layer.linear1(y)))), drop)]
 
 
 KINDS = {
@@ -129,8 +118,12 @@ KINDS = {
     "MistralDecoderLayer": "llama",
     "Qwen2DecoderLayer": "llama",
     "Qwen3DecoderLayer": "llama",
+    "GemmaDecoderLayer": "llama",
+    "Phi3DecoderLayer": "llama",
     "GPT2Block": "gpt2",
     "GPTNeoXLayer": "gpt_neox",
+    "OPTDecoderLayer": "opt",
+    "CLIPEncoderLayer": "clip",
     "ViTLayer": "vit",
     "BertLayer": "bert",
     "RobertaLayer": "bert",
@@ -147,19 +140,16 @@ class Rewired(nn.Module):
     num_layers: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        original = type(self).original  # type: ignore[attr-defined]
-        x, named = _arguments(self, original, args, kwargs)
-        for name, norm, function, drop in branches(self, type(self).kind, named):  # type: ignore[attr-defined]
+        kind: Any = type(self)
+        named = {**dict(zip(kind.arguments, args, strict=False)), **kwargs}
+        x = named.pop(kind.arguments[0])
+        placed = []
+        for name, norm, function, drop in branches(self, kind.kind, named):
             output_norm = getattr(self, f"{name}_output_norm", None) if self.placement == "peri" else None
             if self.placement == "peri" and output_norm is None:
                 raise RuntimeError(f"the layer has lost {name}_output_norm, which its placement 'peri' needs")
-            after: Callable[[Tensor], Tensor] = drop if drop is not None else (lambda y: y)
-            where = {"placement": self.placement, "index": self.index, "num_layers": self.num_layers}
-            if output_norm is not None:
-                # dropout comes after the output norm, which would otherwise rescale the dropped vector
-                x = residual(x, function, norm, output_norm=lambda y, n=output_norm, a=after: a(n(y)), **where)
-            else:
-                x = residual(x, lambda y, f=function, a=after: a(f(y)), norm, **where)
+            placed.append(Branch(norm, function, output_norm, drop))
+        x = run(x, placed, self.placement, self.index, self.num_layers)
         closing = getattr(self, "closing_norm", None)
         return x if closing is None else closing(x)
 
@@ -173,7 +163,10 @@ class Rewired(nn.Module):
 @cache
 def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     kind = next(KINDS[base.__name__] for base in original.__mro__ if base.__name__ in KINDS)
-    return type(f"Rewired{original.__name__}", (Rewired, original), {"original": original, "kind": kind})
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    more = {"original": original, "kind": kind, "arguments": tuple(p.name for p in parameters if p.kind in plain)}
+    return type(f"Rewired{original.__name__}", (Rewired, original), more)
 
 
 def _revive(original: type[nn.Module]) -> nn.Module:
@@ -181,10 +174,23 @@ def _revive(original: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
+def _original(layer: nn.Module) -> Any:
+    return getattr(type(layer), "original", type(layer))
+
+
+def places_itself(layer: nn.Module) -> bool:
+    """Whether the layer's own forward follows a ``placement`` attribute."""
+    return bool(getattr(_original(layer), "places_itself", False))
+
+
+def can_rewire(layer: nn.Module) -> bool:
+    """Whether it is known how the layer strings its branches together."""
+    return places_itself(layer) or any(base.__name__ in KINDS for base in _original(layer).__mro__)
+
+
 def rewire(layer: nn.Module, placement: str, index: int, num_layers: int) -> Any:
     """A layer that shares all children of ``layer`` and places its norms as ``placement`` says."""
-    original = getattr(type(layer), "original", type(layer))
-    kind = _subclass(original)
+    kind = type(layer) if places_itself(layer) else _subclass(_original(layer))
     new: Any = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)
     new.__dict__["_modules"] = dict(layer._modules)

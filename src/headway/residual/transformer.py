@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.kernels.norms import add_norm, norm_add_norm
 from headway.norms.layer import LayerNorm
 from headway.norms.rms import RMSNorm
-from headway.residual.placements import SCHEMES, residual, resolve
-
-
-class PlacementMismatchWarning(UserWarning):
-    """Weights trained under one placement of the norms were loaded into a model that has another."""
+from headway.residual.placement_record import PlacementMismatchWarning
+from headway.residual.placements import SCHEMES, resolve
+from headway.residual.seams import Branch, run
 
 
 def make_norm(norm: str | Callable[[int], nn.Module], dim: int, eps: float | None = None) -> nn.Module:
@@ -84,6 +81,7 @@ class TransformerBlock(nn.Module):
         (B, T, dim) -> (B, T, dim)
     """
 
+    places_itself = True
     attention_norm: Any
     attention_output_norm: Any
     mlp_norm: Any
@@ -142,61 +140,16 @@ class TransformerBlock(nn.Module):
                 stacklevel=2,
             )
 
-    def _fusable(self, x: Tensor) -> bool:
-        """Whether the norms may be fused away: no dropout, no autocast, and nobody listening to a norm by a hook."""
-        names = ("attention_norm", "mlp_norm", "attention_output_norm")
-        heard = any(
-            (n := self._modules.get(name)) is not None and (n._forward_hooks or n._forward_pre_hooks) for name in names
-        )
-        return isinstance(self.drop, nn.Identity) and not heard and not torch.is_autocast_enabled(x.device.type)
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._fusable(x):
-            a, b = self.attention_norm, self.mlp_norm
-            if self.placement == "pre" and (kind := _kind(b)) is not None:
-                # the addition and the norm that reads it are one pass over memory
-                u, x = add_norm(self.attention(a(x)), x, b.weight, b.bias, b.eps, rms=kind)
-                return x + self.mlp(u)
-            if self.placement == "peri":
-                o = self.attention_output_norm
-                kind = _kind(b)
-                if kind is not None and kind == _kind(o) and o.eps == b.eps:
-                    branch = self.attention(a(x))
-                    x, u = norm_add_norm(
-                        branch,
-                        x,
-                        o.weight,
-                        b.weight,
-                        b.eps,
-                        output_bias=o.bias,
-                        input_bias=b.bias,
-                        rms=kind,
-                    )
-                    return x + self.mlp_output_norm(self.mlp(u))
-        where = {"placement": self.placement, "index": self.index, "num_layers": self.num_layers}
-        peri = self.placement == "peri"
-        for branch, norm, output in (
-            (self.attention, self.attention_norm, self.attention_output_norm if peri else None),
-            (self.mlp, self.mlp_norm, self.mlp_output_norm if peri else None),
-        ):
-            if output is not None:
-                # dropout comes after the output norm, which would otherwise rescale the dropped vector
-                x = residual(x, branch, norm, output_norm=lambda y, n=output: self.drop(n(y)), **where)
-            else:
-                x = residual(x, lambda y, f=branch: self.drop(f(y)), norm, **where)
-        return x
+        outer = (self.attention_output_norm, self.mlp_output_norm) if self.placement == "peri" else (None, None)
+        branches = (
+            Branch(self.attention_norm, self.attention, outer[0], self.drop),
+            Branch(self.mlp_norm, self.mlp, outer[1], self.drop),
+        )
+        return run(x, branches, self.placement, self.index, self.num_layers)
 
     def extra_repr(self) -> str:
         return f"placement={self.placement!r}"
-
-
-def _kind(norm: nn.Module) -> bool | None:
-    """Whether a norm is an RMS norm (True) or a layer norm (False) that the fused kernels know; None for any other."""
-    if type(norm) is LayerNorm and norm.dims is None:
-        return False
-    if type(norm) is RMSNorm and not norm.gain_offset and not norm.cast_before_gain:
-        return True
-    return None
 
 
 class TransformerDecoder(nn.Module):
