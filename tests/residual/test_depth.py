@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from model_families import MOVABLE, build, run
+from model_families import MOVABLE, TimmViT, build, run
 from torch import nn
 
 import headway as hw
@@ -193,6 +193,66 @@ def test_lists_globs_copies_and_errors():
         Residual(nn.Linear(3, 2), 0.5)(torch.randn(1, 3))
     with pytest.raises(NothingToChange, match="residual stream"):
         hw.apply(nn.Sequential(nn.Linear(3, 3)), ScaleResiduals())
+
+
+class Functional(nn.Module):
+    """Two branches of which the second ends as told."""
+
+    def __init__(self, ending) -> None:
+        super().__init__()
+        self.a, self.b, self.ending = nn.Linear(8, 8), nn.Linear(8, 8), ending
+
+    def forward(self, x):
+        x = x + self.a(x)
+        return x + self.ending(self.b(x))
+
+
+def test_a_branch_that_ends_in_a_function_is_refused_or_scaled_before_it_never_passed_over():
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"1 of 2 residual branches cannot be scaled.* ends in the function relu"):
+        hw.apply(Functional(F.relu), ScaleResiduals())
+    named = hw.apply(Functional(F.relu), ScaleResiduals(0.5, layers="a"))
+    assert isinstance(named.a, Scaled) and not isinstance(named.b, Scaled)
+    turned = Functional(lambda y: F.dropout(y.view(-1, 8), 0.0).reshape(4, 8))
+    before, middle = turned(x), x + turned.a(x)
+    hw.apply(turned, ScaleResiduals(0.5, layers="b"))
+    torch.testing.assert_close(turned(x) - middle, 0.5 * (before - middle))
+
+    class Twice(Functional):
+        def forward(self, x):
+            x = x + self.a(x)
+            return x + self.a(x)
+
+    with pytest.raises(ValueError, match="called 2 times"):
+        hw.apply(Twice(F.relu), ScaleResiduals())
+
+
+def test_encoder_and_decoder_count_their_branches_apart():
+    model = hw.apply(nn.Transformer(16, 2, 3, 2, 32, batch_first=True), ScaleResiduals("1/n"))
+    scales = [
+        {m.branch_scale for m in part.modules() if isinstance(m, Scaled)} for part in (model.encoder, model.decoder)
+    ]
+    assert scales == [{1 / 6}, {1 / 6}]
+    model = hw.apply(build("t5"), ScaleResiduals("1/n"))
+    scales = [
+        {m.branch_scale for m in part.modules() if isinstance(m, Scaled)} for part in (model.encoder, model.decoder)
+    ]
+    assert scales == [{1 / 8}, {1 / 6}]
+
+
+@pytest.mark.parametrize("name", ["gptj", "phi", "opt", "t5", "whisper", "clip", "timm"])
+def test_branches_of_families_that_cannot_be_rewired_are_scaled_all_the_same(name):
+    model = build(name)
+    before = run(name, model)
+    hw.apply(model, ScaleResiduals(0.5))
+    assert not torch.allclose(run(name, model), before, atol=1e-5)
+    hw.undo(model)
+    assert torch.equal(run(name, model), before)
+
+
+def test_layer_scale_gains_carry_the_factor():
+    model = hw.apply(TimmViT(scale=True), ScaleResiduals(0.5))
+    assert all(isinstance(block.ls1, Scaled) and not isinstance(block.attn.proj, Scaled) for block in model.blocks)
 
 
 def test_graph_convolution_layers_are_scaled():

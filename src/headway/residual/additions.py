@@ -8,7 +8,7 @@ a single projection (the shortcut of a staged CNN).
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,17 +25,21 @@ class Addition:
     """One branch on a stream.
 
     Attributes:
-        name, end: qualified name and module whose output is the branch.
+        name, end: qualified name and module whose output is the branch; end is None where ``obstacle`` says why there is none.
         stage: index of the stretch of stream between two shortcut projections.
         activation_after: an activation acts on the sum.
         fast_path: a torch.nn encoder layer whose fused inference path must be off, or None.
+        stream: index of the residual stream; an encoder and a decoder are two.
+        obstacle: why no single module's output is this branch, or None.
     """
 
     name: str
-    end: nn.Module
+    end: nn.Module | None
     stage: int = 0
     activation_after: bool = False
     fast_path: nn.Module | None = None
+    stream: int = 0
+    obstacle: str | None = None
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -60,18 +64,17 @@ def find_additions(model: nn.Module) -> list[Addition]:
 
 def _described(model: nn.Module) -> list[Addition]:
     found = []
-    for block in describe(model).blocks:
+    stacks = describe(model).stacks
+    for stream, block in ((i, block) for i, stack in enumerate(stacks) for block in stack.blocks):
         layer: Any = model.get_submodule(block.name)
         fast = layer if isinstance(layer, nn.TransformerEncoderLayer) else None
         for sublayer in block.sublayers:
-            if sublayer.output_norm is not None:
-                name = sublayer.output_norm
-            elif isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
                 # the output projection of MultiheadAttention is never called as a module; the dropout after it is
-                name = sublayer.dropouts[0]
+                name = sublayer.output_norm or sublayer.dropouts[0]
             else:
-                name = sublayer.writer
-            found.append(Addition(name, model.get_submodule(name), fast_path=fast))
+                name = sublayer.output_norm or sublayer.gain or sublayer.writer
+            found.append(Addition(name, model.get_submodule(name), fast_path=fast, stream=stream))
     return found
 
 
@@ -99,7 +102,7 @@ def _traced(model: nn.Module, prefix: str = "") -> list[Addition]:
         for name, child in model.named_children():
             inner = _traced(child, f"{prefix}{name}.") if any(True for _ in child.children()) else []
             base = found[-1].stage if found else 0
-            found += [Addition(a.name, a.end, a.stage + base, a.activation_after) for a in inner]
+            found += [replace(a, stage=a.stage + base) for a in inner]
         return found
     return _additions(graph, model, prefix)
 
@@ -125,12 +128,43 @@ def _additions(graph: fx.Graph, model: nn.Module, prefix: str) -> list[Addition]
             continue
         if projected:
             stage += 1
-        end = str(branch.target)
-        if branch.op != "call_module" or len(branch.users) != 1 or calls[end] != 1:
-            continue
         after = any(_is_activation(user, model) for user in node.users)
-        found.append(Addition(prefix + end, model.get_submodule(end), stage, after))
+        end, obstacle = _end(branch, calls)
+        module = None if obstacle else model.get_submodule(end)
+        found.append(Addition(prefix + end, module, stage, after, obstacle=obstacle))
     return found
+
+
+# what commutes with a factor, so that the module before it may carry it
+_LINEAR = (
+    "dropout",
+    "view",
+    "reshape",
+    "flatten",
+    "permute",
+    "transpose",
+    "contiguous",
+    "squeeze",
+    "unsqueeze",
+    "clone",
+)
+
+
+def _end(branch: fx.Node, calls: dict[str, int]) -> tuple[str, str | None]:
+    """The name of the module whose output is the branch, or of what it ends in with the reason why nothing can carry a factor."""
+    node = branch
+    while node.op in ("call_function", "call_method"):
+        kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        before = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if kind not in _LINEAR or len(before) != 1 or len(node.users) != 1:
+            return node.name, f"ends in the function {kind}"
+        node = before[0]
+    name = str(node.target)
+    if node.op != "call_module":
+        return node.name, f"ends in {node.op} {name}"
+    if calls[name] != 1:
+        return name, f"ends in {name}, which is called {calls[name]} times"
+    return name, None if len(node.users) == 1 else f"ends in {name}, whose output is used elsewhere too"
 
 
 def _branch(

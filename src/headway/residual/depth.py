@@ -289,7 +289,8 @@ class ScaleResiduals(Technique):
         layers: globs on the names of the branch ends to scale; all by default.
 
     Raises:
-        ValueError: n <= 0, an unknown mode, a list of the wrong length.
+        ValueError: n <= 0, an unknown mode, a list of the wrong length, or (without ``layers``) a branch that ends in a function
+            such as ``F.relu``, so that no module can carry its factor.
         NothingToChange: no residual addition was found.
 
     Source: "On residual network depth", 2025, arXiv 2510.03470.
@@ -311,6 +312,8 @@ class ScaleResiduals(Technique):
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
         allowed = {id(site.module) for site in sites}
         additions = find_additions(model)
+        if self.layers is None:
+            _refuse_obstacles(additions)
         chosen = [a for a in additions if id(a.end) in allowed and _named(a.name, self.layers)]
         if not chosen:
             return []
@@ -347,6 +350,7 @@ class ScaleResiduals(Technique):
                     edits.append(Swap(model, site.name, site.module, without_norm(site.module)))
         for addition, mode, n, value in ends.values():
             end = addition.end
+            assert end is not None  # those with an obstacle are not among the chosen
             if isinstance(end, Residual):
                 new: nn.Module = Residual(end.module, 1.0, n, end.residual_dtype)
                 new._start_scale(mode, n, value)  # type: ignore[operator]
@@ -366,6 +370,15 @@ class ScaleResiduals(Technique):
         return [*edits, *record(model, self, sites)]
 
 
+def _refuse_obstacles(additions: Sequence[Addition]) -> None:
+    blocked = [a for a in additions if a.obstacle is not None]
+    if blocked:
+        raise ValueError(
+            f"{len(blocked)} of {len(additions)} residual branches cannot be scaled: the one at {blocked[0].name} "
+            f"{blocked[0].obstacle}; let every branch end in a module of its own, or name the branches to scale with layers="
+        )
+
+
 def _named(name: str, layers: Any) -> bool:
     from fnmatch import fnmatchcase
 
@@ -374,4 +387,6 @@ def _named(name: str, layers: Any) -> bool:
 
 
 def _stream_count(addition: Addition, additions: Sequence[Addition], per_stage: bool) -> int:
-    return sum(other.stage == addition.stage for other in additions) if per_stage else len(additions)
+    """The branches on the same stream: of a model with several, an encoder's and a decoder's are counted apart."""
+    same = [other for other in additions if other.stream == addition.stream]
+    return sum(other.stage == addition.stage for other in same) if per_stage else len(same)
