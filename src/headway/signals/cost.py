@@ -1,11 +1,12 @@
 """What the probe costs: time and peak memory of a probed pass over those of a plain forward and backward pass.
 
-Memory is measured in fresh processes (``python -m headway.signals.cost plain|probed WIDTH BATCH``), because an allocator that
-already holds freed memory shows no new peak.
+Memory is measured in fresh processes (``python -m headway.signals.cost plain|probed WIDTH BATCH KIND``), because an allocator
+that already holds freed memory shows no new peak.
 """
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.measure import Paired, PeakMemory, paired
+from headway.residual.transformer import TransformerDecoder
 from headway.signals.probe import probe
 from headway.signals.watch import watch
 
@@ -44,35 +46,43 @@ def residual_net_20(width: int = 16) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
 
 
-def passes(width: int, batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(a probed pass, a plain pass) over the same network and batch, gradients cleared after each."""
+def passes(width: int, batch: int, kind: str = "conv") -> tuple[Callable[[], object], Callable[[], object]]:
+    """(a probed pass, a plain pass) over the same network and batch, gradients cleared after each.
+
+    ``kind`` is "conv" (:func:`residual_net_20`) or "transformer" (a decoder of 6 layers on 64 tokens a sample).
+    """
     torch.manual_seed(0)
-    model, x, y = residual_net_20(width), torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    if kind == "transformer":
+        model: nn.Module = TransformerDecoder(256, width, 6, 4)
+        x = y = torch.randint(0, 256, (batch, 64))
+    else:
+        model, x, y = residual_net_20(width), torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
     def plain() -> None:
-        F.cross_entropy(model(x), y).backward()
+        loss(model(x), y).backward()
         model.zero_grad(set_to_none=True)
 
-    return lambda: probe(model, x, loss=F.cross_entropy, targets=y), plain
+    return lambda: probe(model, x, loss=loss, targets=y), plain
 
 
-def time_ratio(width: int, batch: int, seconds: float = 4.0) -> Paired:
+def time_ratio(width: int, batch: int, seconds: float = 4.0, kind: str = "conv") -> Paired:
     """``ratio`` of the result is plain / probed; its inverse is how many times longer a probed pass takes."""
-    probed, plain = passes(width, batch)
+    probed, plain = passes(width, batch, kind)
     return paired(probed, plain, seconds, min_rounds=3)
 
 
-def memory(which: str, width: int, batch: int) -> int:
-    """Bytes by which one pass ("plain" or "probed") raises resident memory, in a process of its own."""
-    command = [sys.executable, "-m", "headway.signals.cost", which, str(width), str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def memory(which: str, width: int, batch: int, kind: str = "conv", processes: int = 1) -> int:
+    """Bytes by which passes ("plain" or "probed") raise resident memory, in processes of their own; the median over these."""
+    command = [sys.executable, "-m", "headway.signals.cost", which, str(width), str(batch), kind]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(processes)]
+    return int(statistics.median(int(text.split()[-1]) for text in found))
 
 
-def watch_ratio(every: int = 50, steps: int = 200, batch: int = 64, width: int = 64) -> tuple[float, float]:
-    """Seconds a training step without and with ``watch(every=every)``, in alternating stretches of ``every`` steps (best of each)."""
-    import time
-
+def watch_ratio(every: int = 50, rounds: int = 5, batch: int = 64, width: int = 64) -> Paired:
+    """Stretches of ``every`` training steps of a small net with ``watch(every=every)`` (ours) and without, taken in turn."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *[m for _ in range(6) for m in (nn.Linear(width * 4, width * 4), nn.ReLU())], nn.Linear(width * 4, 10)
@@ -80,30 +90,28 @@ def watch_ratio(every: int = 50, steps: int = 200, batch: int = 64, width: int =
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x, y = torch.randn(batch * 4, width * 4), torch.randint(0, 10, (batch * 4,))
 
-    def stretch() -> float:
-        start = time.perf_counter()
+    def stretch() -> None:
         for _ in range(every):
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return (time.perf_counter() - start) / every
 
-    stretch()
-    plain, watched = [], []
-    for _ in range(max(2, steps // every)):
-        plain.append(stretch())
+    def watched() -> None:
         with watch(model, every=every):
-            watched.append(stretch())
-    return min(plain), min(watched)
+            stretch()
+
+    return paired(watched, stretch, 0.0, rounds)
 
 
 def main() -> None:
-    which, width, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    for call in passes(width, 2):
+    which, width, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    for call in passes(width, 2, kind):
         call()
-    probed, plain = passes(width, batch)
+    probed, plain = passes(width, batch, kind)
     with PeakMemory() as peak:
-        (probed if which == "probed" else plain)()
+        # one pass alone rises by chance: where the allocator finds room differs
+        for _ in range(3):
+            (probed if which == "probed" else plain)()
     print(peak.bytes)
 
 
