@@ -1,11 +1,12 @@
 # make compare   install headway here and compare normalisation techniques on a small language model; prints where the report lies
 # make test      install headway here and run style checks, types and tests
+# make docs      install headway here and build the documentation; prints where it lies
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: install compare test lint bench clean
+.PHONY: install compare test lint bench docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headway needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
@@ -16,6 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e '.[docs]'
 	touch $@
 
 install: $(VENV)/.installed
@@ -35,6 +40,10 @@ lint: $(VENV)/.installed-dev
 
 bench: install
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The documentation: $(CURDIR)/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info src/headway/kernels/native
