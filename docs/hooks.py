@@ -83,7 +83,7 @@ def technique_page(row: Method) -> str:
         f"# {row.name}",
         f"`{row.key}` · *{row.paper}*, {row.year}, [arXiv {row.arxiv}](https://arxiv.org/abs/{row.arxiv})\n{{ .facts }}",
         f"**When**: {row.use}.<br>\n**Takes**: {row.takes}.",
-        f"::: {row.see}\n    options:\n      members: false\n      show_root_heading: false\n      show_root_toc_entry: false",
+        _what_it_does(row),
         "## Use it",
         _usage(row),
         "## What the paper claims, on your machine",
@@ -94,6 +94,15 @@ def technique_page(row: Method) -> str:
     seen = [name for name in technique_objects(row) if name not in page_objects()[technique_path(row)]]
     parts += [f"[`{name}`][{name}] is described on another page." for name in seen]
     return "\n\n".join(parts) + "\n"
+
+
+def _what_it_does(row: Method) -> str:
+    """The docstring of the row's module; a link where another row before it has the same one."""
+    first = next(other for other in methods() if other.see == row.see)
+    if first.key != row.key:
+        return f"It lives in one file with [{first.name}]({first.key}.md), which tells its story."
+    options = "members: false", "show_root_heading: false", "show_root_toc_entry: false"
+    return "\n".join([f"::: {row.see}", "    options:", *(f"      {option}" for option in options)])
 
 
 def technique_class(row: Method) -> Any:
@@ -116,7 +125,7 @@ def technique_objects(row: Method) -> list[str]:
         and (inspect.isclass(value) or full_name(value) in spellings())
     ]
     values = [getattr(module, name) for name in names]
-    offered = [full_name(v) for v in values if (inspect.isclass(v) or inspect.isfunction(v)) and v.__doc__]
+    offered = [full_name(value) for value in values if has_docstring(value)]
     return list(dict.fromkeys([*([full_name(kind)] if kind is not None else []), *offered]))
 
 
@@ -157,13 +166,11 @@ def _usage(row: Method) -> str:
 
 
 def _tool_usage(row: Method) -> str:
-    names = [spellings().get(name, name) for name in technique_objects(row)]
-    commands = [name for name in _commands() if any(full.endswith(f".{name}") for full in technique_objects(row))]
-    python = "import headway as hw\n\n" + "\n".join(f"help({name})" for name in names if name.startswith("hw."))
-    if not any(name.startswith("hw.") for name in names):
-        python = "\n".join(f"from {name.rpartition('.')[0]} import {name.rpartition('.')[2]}" for name in names)
+    offered = technique_objects(row)
+    names = ", ".join(f"[`{spellings().get(name, name)}`][{name}]" for name in offered)
+    commands = [name for name in _commands() if any(full.endswith(f".{name}") for full in offered)]
     shell = "\n".join([f"headway {name} --help" for name in commands] or [f"headway show {row.key}"])
-    return "A tool: it changes no model.\n\n" + _tabs(python, shell)
+    return f"It is no change of a model but a tool. In Python: {names}. On the command line:\n\n```sh\n{shell}\n```"
 
 
 def _tabs(python: str, shell: str) -> str:
@@ -220,10 +227,10 @@ def command_line() -> Page:
 
     whole = typer.main.get_command(app)
     context = typer.Context(whole)
-    parts = ["# Command line", whole.help or ""]
+    wrong = "An error you can mend is one sentence on standard error, and exit status 2."
+    parts = ["# Command line", f"{whole.help} {wrong}"]
     parts.append("\n".join(f"- [`headway {name}`](#headway-{name}): {c.help}" for name, c in _commands().items()))
     parts += [get_docs_for_click(obj=c, ctx=context, indent=1, call_prefix="headway") for c in _commands().values()]
-    parts.append("An error you can mend is one sentence on standard error and exit status 2.")
     return "command_line.md", "\n\n".join(parts) + "\n"
 
 
@@ -239,7 +246,7 @@ def rooms() -> list[str]:
 def public(module: ModuleType) -> dict[str, str]:
     """{name: full name} of the classes and functions a package offers."""
     values = {name: getattr(module, name) for name in getattr(module, "_NAMES", getattr(module, "__all__", ()))}
-    return {n: full_name(v) for n, v in values.items() if (inspect.isclass(v) or inspect.isfunction(v)) and v.__doc__}
+    return {name: full_name(value) for name, value in values.items() if has_docstring(value)}
 
 
 @cache
@@ -247,6 +254,12 @@ def spellings() -> dict[str, str]:
     """{full name: how a user writes it}, the shortest way: ``hw.PeriLN``, ``hw.norms.UnifiedNorm``."""
     deep = {full: f"hw.{room}.{name}" for room in rooms() for name, full in public(getattr(hw, room)).items()}
     return {**deep, **{full: f"hw.{name}" for name, full in public(hw).items()}}
+
+
+def has_docstring(value: Any) -> bool:
+    """Whether it is a class or function of headway that says what it is."""
+    named = callable(value) and hasattr(value, "__qualname__") and bool(value.__doc__)
+    return named and str(value.__module__).startswith("headway.")
 
 
 def full_name(value: Any) -> str:
