@@ -11,6 +11,7 @@ _NAMES = {
     "add_rms_norm": "headway.kernels.norms",
     "norm_add_norm": "headway.kernels.norms",
     "group_scaling": "headway.norms.power",
+    "unified_norm_eval": "headway.norms.unified",
     "scaled_add": "headway.residual.depth",
     "mean_cosine": "headway.signals.statistics",
     "stable_rank": "headway.signals.statistics",

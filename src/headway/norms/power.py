@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from headway.norms.unified import ChannelStatistics, valid_mean, valid_tokens
+from headway.kernels.channels import channel_scale, power_norm
+from headway.kernels.norms import rms_norm
+from headway.norms.unified import ChannelStatistics
 from headway.surgery import Site
 
 
@@ -32,8 +33,9 @@ def group_scaling(x: Tensor, num_groups: int, eps: float = 1e-5) -> Tensor:
     """
     if num_groups < 1 or x.shape[-1] % num_groups:
         raise ValueError(f"num_groups {num_groups} must divide the last axis of an input of shape {tuple(x.shape)}")
-    groups = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (num_groups, x.shape[-1] // num_groups))
-    return (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2).to(x.dtype)
+    return rms_norm(
+        x.unflatten(-1, (num_groups, x.shape[-1] // num_groups)), x.shape[-1] // num_groups, eps=eps
+    ).flatten(-2)
 
 
 class GroupScaling(nn.Module):
@@ -60,35 +62,6 @@ class GroupScaling(nn.Module):
         return f"{self.num_groups}, eps={self.eps}"
 
 
-class _PowerScale(torch.autograd.Function):
-    """z * weight + bias with PowerNorm's gradient; its backward moves ``ema``."""
-
-    @staticmethod
-    def forward(ctx, u, weight, bias, valid, square, gradient_square, live, settings, ema):
-        eps, ctx.alpha, ctx.count_padding, ctx.clamp = settings
-        z = u * torch.rsqrt(square + eps)
-        ctx.save_for_backward(z, weight, valid, torch.rsqrt(gradient_square + eps), live)
-        ctx.ema = ema
-        return z * weight.to(z.dtype) + bias.to(z.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):  # type: ignore[override]
-        z, weight, valid, inverse, live = ctx.saved_tensors
-        ema = ctx.ema
-        counted = None if ctx.count_padding else valid
-        pull = (1 - ctx.alpha) * ema.to(z.dtype) * z
-        a = gy * weight.to(z.dtype) - (pull if counted is None else torch.where(counted, pull, 0))
-        change = valid_mean(a * z, counted).to(ema.dtype)
-        if ctx.clamp:  # where the factor exceeds 1, only 1 / factor of what it would take from ema is taken
-            factor = (1 - ctx.alpha) * valid_mean(z.square(), counted).to(ema.dtype)
-            change = change + (factor - 1).clamp(min=0) * ema
-        moved = ema + change
-        ema.copy_(torch.where(live & torch.isfinite(moved).all(), moved, ema))
-        grad_weight = (gy * z).sum(0).to(weight.dtype)
-        return a * inverse, grad_weight, gy.sum(0).to(weight.dtype), *(None,) * 6
-
-
 class PowerNorm(ChannelStatistics):
     """Normalises each channel by a running quadratic mean, with the paper's approximate gradient.
 
@@ -106,6 +79,8 @@ class PowerNorm(ChannelStatistics):
         clamp_gamma: hold (1 - alpha_bkw) * mean(z^2) in the recursion of the gradient's statistic at 1 at most. Above 2, where
             a batch is over 20 times larger than the running statistic, the recursion diverges.
         batch_first: False when the input is (T, B, C); the mask is (B, T) either way.
+        sync: take the statistics over the batches of all processes of the default group, so that they stay equal. Every
+            process must then run every pass, forward and backward. Without a process group it changes nothing.
 
     Shapes:
         input and output: (B, T, C), (T, B, C) or (N, C); pad_mask: (B, T) or (N,), True on padding, which then moves no statistic.
@@ -133,10 +108,11 @@ class PowerNorm(ChannelStatistics):
         count_padding: bool = False,
         clamp_gamma: bool = False,
         batch_first: bool = True,
+        sync: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, device, dtype)
+        super().__init__(num_features, eps, sync, device, dtype)
         for name, alpha in (("alpha_fwd", alpha_fwd), ("alpha_bkw", alpha_bkw)):
             if not 0 <= alpha <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1; it is {alpha}")
@@ -160,51 +136,34 @@ class PowerNorm(ChannelStatistics):
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The two vectors (s, b) with which the layer in evaluation is ``s * u + b``; u is the input where there are no groups."""
-        return self._scale() * torch.rsqrt(self.running_phi + self.eps), self._shift()
-
-    @torch.no_grad()
-    def _observe(self, q: Tensor, some: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        phi = self.running_phi.to(torch.promote_types(q.dtype, self.running_phi.dtype))
-        t = self.iters + 1
-        q = torch.where(some, q.to(phi.dtype), phi)
-        usable = some & torch.isfinite(q).all()
-        square = torch.where(t <= self.warmup_iters, q, phi)
-        live = usable & (self._frozen == 0)
-        if not self._frozen:
-            averaged = torch.where(t < self.warmup_iters, phi * (t - 1) / t + q / t, phi)
-            moved = self.alpha_fwd * averaged + (1 - self.alpha_fwd) * q
-            self.running_phi.copy_(torch.where(usable, moved, phi))
-            self.iters.add_(usable)
-        return square, q if self.grad_scale == "batch" else square, live
+        return self._scale_shift(self.running_phi)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         if pad_mask is not None and not self.batch_first and pad_mask.dim() == 2:
             pad_mask = pad_mask.transpose(0, 1)
         self._check(x, pad_mask)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        u = x.to(wide)
-        if self.group_num is not None:
-            u = group_scaling(u, self.group_num, self.eps)
-        if not self.training or x.numel() == 0:
-            scale, shift = self.scale_shift()
-            return (u * scale.to(wide) + shift.to(wide)).to(x.dtype)
-        rows, valid = u.reshape(-1, self.num_features), valid_tokens(pad_mask)
-        some = torch.ones((), dtype=torch.bool, device=x.device) if valid is None else valid.any()
-        weight, bias = self._scale(), self._shift()
-        if self.variant == "v":
-            kept = rows if valid is None else torch.where(valid, rows, 0)
-            count = len(rows) if valid is None else valid.sum().clamp(min=1)
-            q = kept.square().sum(0) / count
-            self._observe(q.detach(), some)
-            square = torch.where(some, q, self.running_phi.detach().to(wide))
-            y = rows * torch.rsqrt(square + self.eps) * weight.to(wide) + bias.to(wide)
-        else:
-            square, gradient_square, live = self._observe(valid_mean(rows.detach().square(), valid), some)
-            settings = (self.eps, self.alpha_bkw, self.count_padding, self.clamp_gamma)
-            y = _PowerScale.apply(
-                rows, weight, bias, valid, square.to(wide), gradient_square.to(wide), live, settings, self.ema_gz
-            )
-        return y.reshape(x.shape).to(x.dtype)
+        groups, exact = self.group_num or 0, self.variant == "v"
+        if not self.training:
+            return channel_scale(x, self.running_phi, self.weight, self.bias, self.eps, groups)
+        return power_norm(
+            x,
+            self.weight,
+            self.bias,
+            pad_mask,
+            (self.running_phi, self.iters, self.ema_gz),
+            groups=groups,
+            warmup=self.warmup_iters,
+            alpha_fwd=self.alpha_fwd,
+            alpha_bkw=self.alpha_bkw,
+            eps=self.eps,
+            batch_forward=exact,
+            batch_gradient=self.grad_scale == "batch",
+            exact=exact,
+            count_padding=self.count_padding,
+            clamp_gamma=self.clamp_gamma,
+            sync=self._together(),
+            moves=self._frozen == 0,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, group_num={self.group_num}, warmup_iters={self.warmup_iters}, eps={self.eps}"

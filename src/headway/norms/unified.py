@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from headway.kernels.channels import channel_scale, unified_norm
 from headway.norms.layer import LayerNorm
 from headway.surgery import Site
 
@@ -34,12 +34,17 @@ class ChannelStatistics(nn.Module):
     iters: Tensor
 
     def __init__(
-        self, num_features: int, eps: float, device: torch.device | str | None, dtype: torch.dtype | None
+        self,
+        num_features: int,
+        eps: float,
+        sync: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1; it is {num_features}")
-        self.num_features, self.eps = num_features, eps
+        self.num_features, self.eps, self.sync = num_features, eps, sync
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("iters", torch.zeros((), dtype=torch.int64, device=device))
@@ -73,11 +78,17 @@ class ChannelStatistics(nn.Module):
         finally:
             self._frozen -= 1
 
-    def _scale(self) -> Tensor:
-        return torch.ones(self.num_features, device=self.iters.device) if self.weight is None else self.weight
+    def _together(self) -> bool:
+        """Whether this pass shares its sums with other processes; a single process needs no process group."""
+        if not self.sync or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        return torch.distributed.get_world_size() > 1
 
-    def _shift(self) -> Tensor:
-        return torch.zeros(self.num_features, device=self.iters.device) if self.bias is None else self.bias
+    def _scale_shift(self, square: Tensor) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(square + self.eps)
+        if self.weight is not None:
+            scale = self.weight * scale
+        return scale, torch.zeros_like(square) if self.bias is None else self.bias
 
     def _check(self, x: Tensor, pad_mask: Tensor | None) -> None:
         if x.dim() < 2 or x.shape[-1] != self.num_features:
@@ -103,49 +114,24 @@ class ChannelStatistics(nn.Module):
         return new.train(module.training)
 
 
-def valid_tokens(pad_mask: Tensor | None) -> Tensor | None:
-    """The mask of real tokens as a column beside the channels."""
-    return None if pad_mask is None else ~pad_mask.reshape(-1, 1)
+def unified_norm_eval(
+    x: Tensor, running_var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``weight * x / sqrt(running_var + eps) + bias``, UnifiedNorm in evaluation.
 
+    Args:
+        x: (..., C) of any floating type; half precision is computed in float32.
+        running_var, weight, bias: (C,).
 
-def valid_mean(rows: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the valid rows; NaN where there is none."""
-    if valid is None:
-        return rows.mean(0)
-    return torch.where(valid, rows, 0).sum(0) / valid.sum()
-
-
-class _UnifiedScale(torch.autograd.Function):
-    """z * weight + bias with the smoothed gradient; its backward moves the two tensors of ``state``, window and running mean."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, valid, psi, r, t, skip, own, live, settings, state):
-        eps, ctx.momentum, ctx.count_padding = settings
-        z = x * torch.rsqrt(psi + eps)
-        # all of it as saved tensors: under checkpointing they then come from the second pass, as does ``live``
-        ctx.save_for_backward(z, weight, valid, torch.rsqrt(psi + eps), r, t, skip, own, live)
-        ctx.state = state
-        return z * weight.to(z.dtype) + bias.to(z.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gy):  # type: ignore[override]
-        z, weight, valid, inverse, r, t, skip, own, live = ctx.saved_tensors
-        ring, nu = ctx.state
-        g = gy * (weight.to(z.dtype) * r)
-        counted = None if ctx.count_padding else valid
-        s_now = valid_mean(g * z, counted)
-        row = torch.where(skip, nu, s_now.to(nu.dtype))
-        rows = ring.index_copy(0, (t % len(ring)).reshape(1), row[None])
-        s = torch.where(own, s_now.to(nu.dtype), rows.mean(0))
-        new_nu = ctx.momentum * nu + (1 - ctx.momentum) * s
-        moves = live & torch.isfinite(s_now).all()
-        ring.copy_(torch.where(moves, rows, ring))
-        nu.copy_(torch.where(moves, new_nu, nu))
-        pull = torch.where(skip, s, new_nu).to(z.dtype) * z
-        grad_x = (g - (pull if counted is None else torch.where(counted, pull, 0))) * inverse
-        grad_weight = (gy * z).sum(0) * r
-        return grad_x, grad_weight.to(weight.dtype), gy.sum(0).to(weight.dtype), *(None,) * 9
+    Raises:
+        ValueError: a vector does not fit the last axis of ``x``.
+    """
+    for name, vector in (("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if vector is not None and (x.dim() == 0 or vector.shape != x.shape[-1:]):
+            raise ValueError(
+                f"{name} must have one number a channel of the input {tuple(x.shape)}; its shape is {tuple(vector.shape)}"
+            )
+    return channel_scale(x, running_var, weight, bias, eps)
 
 
 class UnifiedNorm(ChannelStatistics):
@@ -161,6 +147,9 @@ class UnifiedNorm(ChannelStatistics):
         momentum: the share of the running statistics that is KEPT at each batch (unlike ``nn.BatchNorm1d``).
         compensation_warmup: ``r`` is 1 up to this batch or to ``warmup_iters``, whichever is later.
         count_padding: let the gradient's mean run over padding too, as the released code does.
+        sync: take the statistics over the batches of all processes of the default group, so that they stay equal and skip the
+            same batches. Every process must then run every pass, forward and backward. Without a process group it changes
+            nothing.
 
     Shapes:
         input and output: (..., C); pad_mask: (...), True on padding, which then moves no statistic.
@@ -188,10 +177,11 @@ class UnifiedNorm(ChannelStatistics):
         momentum: float = 0.9,
         compensation_warmup: int = 1000,
         count_padding: bool = False,
+        sync: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, device, dtype)
+        super().__init__(num_features, eps, sync, device, dtype)
         windows = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
         if len(windows) != 2 or min(windows) < 1:
             raise ValueError(f"window_size must be one or two numbers of at least 1; it is {window_size}")
@@ -214,56 +204,35 @@ class UnifiedNorm(ChannelStatistics):
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The two vectors (s, b) with which the layer in evaluation is ``s * x + b``."""
-        return self._scale() * torch.rsqrt(self.running_var + self.eps), self._shift()
-
-    @torch.no_grad()
-    def _observe(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
-        running = self.running_var.to(torch.promote_types(x.dtype, self.running_var.dtype))
-        window = self.forward_window.to(running.dtype)
-        size, t = len(window), self.iters + 1
-        some = torch.ones_like(t, dtype=torch.bool) if valid is None else valid.any()
-        q = torch.where(some, valid_mean(x.square(), valid).to(running.dtype), running)
-        usable = some & torch.isfinite(q).all()
-        slot = (t % size).reshape(1)
-        rows = window.index_copy(0, slot, q[None])
-        skip = ~usable | (size == 1)
-        fired = torch.zeros_like(skip)
-        warm = t >= self.warmup_iters
-        geometric = rows.log().mean(0).exp()
-        if self.outlier_filtration:
-            spread = window.sqrt().var() if window.numel() > 1 else window.new_zeros(())
-            fired = usable & warm & (rows.mean(0) - geometric > size * spread).any()
-            rows = torch.where(fired, window.index_copy(0, slot, running[None]), rows)
-            skip = skip | fired
-        own = (t <= size) | ~warm | skip
-        psi = torch.where(own, q, geometric)
-        ratio = ((psi + self.eps) / (running + self.eps)).sqrt().clamp(0.2, 5)
-        r = torch.where((t <= max(self.compensation_warmup, self.warmup_iters)) | skip, 1, ratio)
-        live = usable & (self._frozen == 0)
-        # the gradient's own test: its window may have another size than the forward one
-        own_gradient = (t <= len(self.backward_window)) | ~warm | skip
-        if not self._frozen:
-            kept = self.momentum * running + (1 - self.momentum) * psi
-            self.running_var.copy_(torch.where(usable, kept, running))
-            self.forward_window.copy_(torch.where(usable, rows, window))
-            self.skip_counter.add_(fired)
-            self.iters.add_(usable)
-        return psi.to(x.dtype), r.to(x.dtype), t, skip, own_gradient, live
+        return self._scale_shift(self.running_var)
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         self._check(x, pad_mask)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if not self.training or x.numel() == 0:
-            scale, shift = self.scale_shift()
-            return (x.to(wide) * scale.to(wide) + shift.to(wide)).to(x.dtype)
-        rows, valid = x.reshape(-1, self.num_features).to(wide), valid_tokens(pad_mask)
-        psi, r, t, skip, own, live = self._observe(rows.detach(), valid)
-        state = (self.backward_window, self.ema_gz)
-        y = _UnifiedScale.apply(
-            rows, self._scale(), self._shift(), valid, psi, r, t, skip, own, live,
-            (self.eps, self.momentum, self.count_padding), state,
-        )  # fmt: skip
-        return y.reshape(x.shape).to(x.dtype)
+        if not self.training:
+            return channel_scale(x, self.running_var, self.weight, self.bias, self.eps)
+        statistics = (
+            self.running_var,
+            self.forward_window,
+            self.iters,
+            self.skip_counter,
+            self.backward_window,
+            self.ema_gz,
+        )
+        return unified_norm(
+            x,
+            self.weight,
+            self.bias,
+            pad_mask,
+            statistics,
+            warmup=self.warmup_iters,
+            compensation=self.compensation_warmup,
+            filtration=self.outlier_filtration,
+            eps=self.eps,
+            momentum=self.momentum,
+            count_padding=self.count_padding,
+            sync=self._together(),
+            moves=self._frozen == 0,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, window_size={self.window_size}, warmup_iters={self.warmup_iters}, eps={self.eps}"
