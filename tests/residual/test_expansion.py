@@ -1,9 +1,13 @@
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from headway.residual.depth import Residual
 from headway.residual.expansion import Tower, residual_expansion
@@ -133,3 +137,65 @@ def test_a_sequential_with_an_encoder_in_front_is_a_tower():
     found = residual_expansion(net, x, order=1, reduce=None)
     torch.testing.assert_close(found.terms[0], net[0](x))
     assert found.remainder.max() < 1e-14
+
+
+class Count(TorchFunctionMode):
+    """Counts the linear maps that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.maps += func is F.linear
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_order_two_costs_three_linear_maps_for_each_of_the_forward_and_grows_linearly_with_n(n):
+    tower, x = Tower([Tanh() for _ in range(n)], "1/n"), torch.randn(3, 8)
+    with Count() as count:
+        tower(x)
+    forward = count.maps
+    with Count() as count:
+        residual_expansion(tower, x, order=2)
+    assert forward == 2 * n and count.maps == 3 * forward
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(F.scaled_dot_product_attention(x, x, self.inner(x, x, x, need_weights=False)[0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.SiLU(), nn.Conv2d(3, 3, 3, padding=1)), (2, 3, 5, 5)),
+        (lambda: nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, bias=False), nn.GELU()), (2, 8, 5)),
+        (lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()), (2, 8)),
+        (Attending, (2, 5, 8)),
+    ],
+)
+def test_the_fast_derivative_is_the_one_of_torch(make, shape):
+    torch.manual_seed(0)
+    tower, x = Tower([make() for _ in range(3)], 0.5).double().eval(), torch.randn(shape, dtype=torch.float64)
+    found = residual_expansion(tower, x, order=2, reduce=None)
+    c1, c2 = torch.zeros_like(x), torch.zeros_like(x)
+    for block in tower.blocks:
+        x.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            _, pushed = torch.autograd.functional.jvp(block.module, x, c1)
+        c1, c2 = c1 + block.module(x).detach(), c2 + pushed
+    torch.testing.assert_close(found.terms[1], c1)
+    torch.testing.assert_close(found.terms[2], c2)
+
+
+def test_no_deprecation_of_torch_reaches_the_user():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        residual_expansion(Tower([Tanh() for _ in range(3)]), torch.randn(2, 8), order=3)

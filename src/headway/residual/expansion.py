@@ -10,14 +10,21 @@ Paper: "On residual network depth", 2025, arXiv 2510.03470.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from headway.residual.depth import Residual, factors, scaled_add
 
@@ -85,10 +92,50 @@ def _parts(tower: nn.Module) -> tuple[nn.Module, list[Residual]]:
     )
 
 
+# a function of (input, weight, bias, ...) that is linear in its input
+_MAPS = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
+
+
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
         return all(_is_linear(child) for child in module)
     return type(module) is nn.Identity or (type(module) is nn.Linear and module.bias is None)
+
+
+class _LinearByParts(TorchFunctionMode):
+    """Linear maps of a dual number are two maps: what forward mode does by itself costs several times as much."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _MAPS or len(args) < 2 or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        (x, tangent), weight = forward_ad.unpack_dual(args[0]), args[1]
+        if tangent is None:
+            return func(*args, **kwargs)
+        bias = args[2] if len(args) > 2 else kwargs.pop("bias", None)
+        return forward_ad.make_dual(
+            func(x, weight, bias, *args[3:], **kwargs), func(tangent, weight, None, *args[3:], **kwargs)
+        )
+
+
+class _Cut(Exception):
+    """The branch lets no derivative through."""
+
+
+@contextlib.contextmanager
+def _forward_mode(order: int) -> Iterator[None]:
+    """What forward mode needs: attention by plain products, and for order 2 one level of dual numbers for all branches."""
+    _load_forward_mode()
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level() if order == 2 else contextlib.nullcontext():
+        yield
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Lets torch load its forward derivatives once, in silence: it does so by torch.jit, whose deprecation is not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.tanh, (torch.zeros(1),), (torch.ones(1),))
 
 
 def _derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -102,7 +149,11 @@ def _coefficients(branch: Callable[[Tensor], Tensor], state: Sequence[Tensor], l
     if len(state) == 1:
         return [branch(state[0])]
     if len(state) == 2:
-        return list(jvp(branch, (state[0],), (state[1],)))
+        with _LinearByParts():
+            value, tangent = forward_ad.unpack_dual(branch(forward_ad.make_dual(*state)))
+        if tangent is None:
+            raise _Cut
+        return [value, tangent]
 
     def path(t: Tensor) -> Tensor:
         return branch(sum((c * t**k for k, c in enumerate(state[1:], 1)), state[0]))
@@ -118,7 +169,8 @@ def _coefficients(branch: Callable[[Tensor], Tensor], state: Sequence[Tensor], l
 def residual_expansion(tower: nn.Module, x: Tensor, order: int = 2, reduce: str | None = "norm") -> Expansion:
     """Expands a tower in its branch factor, up to ``order``, in O(n) branch evaluations for each order.
 
-    The derivatives are exact (forward mode). Orders above 2 of nonlinear branches nest it, at a cost that doubles with each
+    The derivatives are exact (forward mode): order 2 costs three evaluations a branch, two at c_0 (value and derivative) and the
+    forward pass itself. Orders above 2 of nonlinear branches nest it, at a cost that doubles with each
     order; linear branches cost n products for each order.
 
     Args:
@@ -140,52 +192,63 @@ def residual_expansion(tower: nn.Module, x: Tensor, order: int = 2, reduce: str 
     n = len(blocks)
     for block in blocks:
         _refuse_batch_statistics(block)
-    linear = all(_is_linear(block.module) for block in blocks)
-    if linear and order > n:
+    linear = [_is_linear(block.module) for block in blocks]
+    if all(linear) and order > n:
         warnings.warn(f"the series of {n} linear branches ends at order {n}; order={order} is cut to it", stacklevel=2)
         order = n
     scales = [float(block.branch_scale) for block in blocks]
     lam = scales[0] if scales and all(s == scales[0] for s in scales) else 1.0
     weights = [1.0 if s == lam else s / lam for s in scales]
-    with torch.no_grad():
+    with torch.no_grad(), _forward_mode(order):
         h = encoder(x)
         state = [h, *(torch.zeros_like(h) for _ in range(order))]
         contributions = []
-        for block, weight in zip(blocks, weights, strict=True):
+        for block, weight, exact in zip(blocks, weights, linear, strict=True):
             y = block.module(h)
             if y.shape != h.shape:
                 raise ValueError(
                     f"a residual branch must keep the shape: {tuple(h.shape)} became {tuple(y.shape)}; "
                     "put what changes the shape between the towers"
                 )
-            contributions.append(y)
+            contributions.append(_norms(y) if reduce == "norm" else y)
             if order:
-                is_linear = _is_linear(block.module)
-                if order >= 2 and not is_linear:
-                    _refuse_constant(block.module, h)
-                try:
-                    added = _coefficients(block.module, state[:order], is_linear)
-                except (NotImplementedError, RuntimeError) as error:
-                    raise ValueError(
-                        f"a branch ({type(block.module).__name__}) cannot be differentiated as order={order} needs: "
-                        f"{error}; use order=1"
-                    ) from error
-                state = [state[0], *(c + weight * a for c, a in zip(state[1:], added, strict=True))]
+                for c, a in zip(state[1:], _added(block.module, state[:order], exact), strict=True):
+                    c.add_(a, alpha=weight)
             h = scaled_add(h, y, block.branch_scale)
         powers = [lam**k for k in range(order + 1)]
         size = _norms(h)
         total = sum((p * c for p, c in zip(powers, state, strict=True)), torch.zeros_like(h))
-        share = torch.stack([(_norms(p * c) / size).mean() for p, c in zip(powers, state, strict=True)])
-        per_block = torch.stack(contributions) if contributions else h.new_zeros((0, *h.shape))
         terms = torch.stack(state)
-        if reduce == "norm":
-            terms, per_block = _norms(terms, 2), _norms(per_block, 2)
+        norms = _norms(terms, 2)
+        share = torch.stack([(p * norm / size).mean() for p, norm in zip(powers, norms, strict=True)])
+        nothing = h.new_zeros((0, *(h.shape[:1] if reduce == "norm" else h.shape)))
+        per_block = torch.stack(contributions) if contributions else nothing
         paths = tuple(math.comb(n, k) for k in range(order + 1))
-        return Expansion(terms, paths, share, _norms(h - total) / size, per_block, lam)
+        remainder = _norms(h - total) / size
+        return Expansion(norms if reduce == "norm" else terms, paths, share, remainder, per_block, lam)
+
+
+def _added(branch: nn.Module, state: Sequence[Tensor], linear: bool) -> list[Tensor]:
+    """What a branch adds to c_1, c_2, ...; ValueError where it cannot be differentiated."""
+    order = len(state)
+    if order > 2 and not linear:
+        _refuse_constant(branch, state[0])
+    try:
+        return _coefficients(branch, state, linear)
+    except _Cut:
+        raise ValueError(
+            f"a branch ({type(branch).__name__}) lets no derivative through, which order >= 2 needs; use order=1"
+        ) from None
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"a branch ({type(branch).__name__}) cannot be differentiated as order={order} needs: {error}; use order=1"
+        ) from error
 
 
 def _norms(x: Tensor, kept: int = 1) -> Tensor:
-    return x.pow(2).sum(dim=tuple(range(kept, x.dim()))).sqrt() if x.dim() > kept else x.abs()
+    if x.dim() <= kept:
+        return x.abs()
+    return torch.linalg.vector_norm(x, dim=tuple(range(kept, x.dim())))
 
 
 def _refuse_batch_statistics(block: nn.Module) -> None:
