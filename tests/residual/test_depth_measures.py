@@ -1,6 +1,6 @@
 import pytest
 import torch
-from model_families import IDS, build
+from model_families import DESCRIBED, IDS, MOVABLE, build, run
 from torch import nn
 
 from headway.anatomy import Pattern, Sublayer, describe
@@ -70,3 +70,38 @@ def test_layer_grad_norms_are_those_of_the_weight_matrices():
     for index, block in enumerate(model.blocks):
         squares = sum(p.grad.square().sum() for p in block.parameters() if p.dim() > 1)
         assert torch.allclose(norms[index].float(), squares.sqrt(), rtol=1e-4)
+
+
+def call(name, model):
+    """The model as a function of nothing, so that every family can be called alike."""
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, _):
+            return run(name, model)
+
+    return Called().eval()
+
+
+@pytest.mark.parametrize("name", [*MOVABLE, *DESCRIBED])
+def test_the_three_measures_work_on_every_known_family(name):
+    model = call(name, build(name))
+    layers = len(describe(model).blocks)
+    distance = angular_distance(model, None)
+    assert distance.shape == (layers,) and ((distance > 0) & (distance < 1)).all()
+    before = model(None)
+    drops = performance_drop(model, lambda m: m(None).double().square().sum().item())
+    assert drops.shape == (layers,) and drops.abs().min() > 0
+    assert torch.equal(model(None), before)
+    norms = layer_grad_norms(model, lambda m: m(None).square().sum())
+    assert norms.shape == (layers,) and (norms > 0).all()
+
+
+def test_parallel_copies_give_no_nan_at_cosines_of_plus_and_minus_one(known_turns):
+    x = torch.randn(1000, 2) * 1e-3
+    model = nn.Sequential(Turn(3 * torch.eye(2)), Turn(-7 * torch.eye(2)))
+    distance = angular_distance(model, x)
+    assert torch.allclose(distance, torch.tensor([0.0, 1.0], dtype=torch.double), atol=1e-6)

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from headway.anatomy import describe
 
 
+def _stacks(model: nn.Module) -> list[list[nn.Module]]:
+    return [[model.get_submodule(block.name) for block in stack.blocks] for stack in describe(model).stacks]
+
+
 def _layers(model: nn.Module) -> list[nn.Module]:
-    return [model.get_submodule(block.name) for block in describe(model).blocks]
+    return [layer for stack in _stacks(model) for layer in stack]
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -27,33 +31,49 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _entering(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @torch.no_grad()
 def angular_distance(model: nn.Module, batch: Any, n: int = 1) -> Tensor:
-    """The angle, as a share of pi, by which ``n`` layers turn the stream: shape (L - n + 1,), 0 for an identity layer.
+    """The angle, as a share of pi, by which ``n`` layers turn the stream: 0 for identity layers, 0.5 for an orthogonal map.
+
+    Args:
+        model: a model of a known family, in the mode it is to be measured in.
+        batch: what the model is called with: one input, a tuple of them, or a dict of keywords.
+        n: how many layers lie between the two ends compared.
+
+    Returns:
+        L - n + 1 numbers, the mean over tokens from each layer's input on; of a model with several stacks, one after the other.
 
     Raises:
-        ValueError: n is not between 1 and the number of layers.
+        ValueError: n is not between 1 and the number of layers of the shortest stack.
+        UnknownFamily: the model holds no layer of a known family.
     """
-    layers = _layers(model)
-    if not 1 <= n <= len(layers):
-        raise ValueError(f"n must lie between 1 and the number of layers, {len(layers)}; {n} was given")
-    stream: list[Tensor] = []
+    stacks = _stacks(model)
+    shortest = min(len(layers) for layers in stacks)
+    if not 1 <= n <= shortest:
+        raise ValueError(f"n must lie between 1 and the number of layers, {shortest}; {n} was given")
+    streams: list[list[Tensor]] = [[] for _ in stacks]
     handles = []
-    for index, layer in enumerate(layers):
+    for layers, stream in zip(stacks, streams, strict=True):
 
-        def before(_: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
-            if index == 0:
-                stream.append((args[0] if args else next(iter(kwargs.values()))).detach())
+        def first(_: nn.Module, args: tuple, kwargs: dict, stream: list[Tensor] = stream) -> None:
+            stream.append(_entering(args, kwargs).detach())
 
-        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(layer.register_forward_hook(lambda _m, _a, out: stream.append(_first(out).detach())))
+        def after(_: nn.Module, _args: tuple, out: Any, stream: list[Tensor] = stream) -> None:
+            stream.append(_first(out).detach())
+
+        handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+        handles += [layer.register_forward_hook(after) for layer in layers]
     try:
         _call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     distances = []
-    for a, b in zip(stream[:-n], stream[n:], strict=False):
+    for a, b in ((a, b) for stream in streams for a, b in zip(stream[:-n], stream[n:], strict=True)):
         a, b = (t.double().flatten(0, -2) for t in (a, b))
         a, b = (t / t.norm(dim=-1, keepdim=True).clamp_min(1e-300) for t in (a, b))
         # 2 atan2(|a - b|, |a + b|) is exact near 0 and pi, where arccos of a rounded cosine is not
@@ -74,7 +94,7 @@ def performance_drop(model: nn.Module, evaluate: Callable[[nn.Module], float]) -
         inputs: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple, kwargs: dict, inputs: list[Tensor] = inputs) -> None:
-            inputs.append(args[0] if args else next(iter(kwargs.values())))
+            inputs.append(_entering(args, kwargs))
 
         def pass_on(_: nn.Module, _args: tuple, out: Any, inputs: list[Tensor] = inputs) -> Any:
             x = inputs.pop()
