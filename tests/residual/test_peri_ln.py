@@ -28,21 +28,61 @@ def test_peri_norm_refuses_a_single_channel_under_a_layer_norm():
         PeriNorm(nn.Identity(), 1, norm="layernorm")
 
 
-def test_a_gemma2_block_and_a_llama_with_peri_ln_compute_the_same():
-    gemma, llama = build("gemma2"), hw.apply(build("llama"), hw.PeriLN())
-    ours, theirs = llama.model.layers[0], gemma.model.layers[0]
-    for p in theirs.parameters():
-        nn.init.normal_(p, std=0.2)
-    renamed = convert_checkpoint_names({f"layers.0.{k}": v for k, v in theirs.state_dict().items()})
-    ours.load_state_dict({k.removeprefix("layers.0."): v for k, v in renamed.items()})
-    # attention differs between the families (soft capping), so the branches are compared where they read and write
-    x = torch.randn(2, 5, 32)
-    mlp = nn.Linear(32, 32)
-    gemma_added = theirs.post_feedforward_layernorm(mlp(theirs.pre_feedforward_layernorm(x)))
-    ours_added = ours.mlp_output_norm(mlp(ours.post_attention_layernorm(x)))
-    assert torch.allclose(ours_added, gemma_added, atol=1e-5)
-    gemma_added = theirs.post_attention_layernorm(mlp(theirs.input_layernorm(x)))
-    assert torch.allclose(ours.attention_output_norm(mlp(ours.input_layernorm(x))), gemma_added, atol=1e-5)
+def gemma2_without_soft_caps():
+    """Gemma 2 attends like Llama but for soft caps on its logits and a local window, which are switched off here."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    same = {"head_dim": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    config = transformers.Gemma2Config(
+        **sizes, **same, hidden_activation="silu", query_pre_attn_scalar=8, attn_logit_softcapping=None,
+        final_logit_softcapping=None, layer_types=["full_attention"] * 2, attn_implementation="eager",
+    )  # fmt: skip
+    gemma = transformers.Gemma2ForCausalLM(config).eval()
+    plain = transformers.LlamaConfig(**sizes, **same, attn_implementation="eager")
+    llama = hw.apply(transformers.LlamaForCausalLM(plain), hw.PeriLN()).eval()
+    with torch.no_grad():
+        for p in gemma.parameters():
+            p.normal_(std=0.2)
+    return gemma, llama
+
+
+def test_a_llama_with_peri_ln_is_gemma2_s_decoder_layer_forward_and_backward():
+    gemma, llama = gemma2_without_soft_caps()
+    missing, unexpected = llama.load_state_dict(convert_checkpoint_names(gemma.state_dict()), strict=False)
+    assert not unexpected and not [name for name in missing if name != "model.norm_placement"]
+    x, results = torch.randn(2, 7, 32), []
+    angles = llama.model.rotary_emb(x, torch.arange(7)[None])
+    mask = torch.full((7, 7), -torch.inf).triu(1)[None, None]
+    for model in (gemma.model, llama.model):
+        stream = x.clone().requires_grad_()
+        y = stream
+        for layer in model.layers:
+            y = layer(y, position_embeddings=angles, attention_mask=mask)
+        y.square().sum().backward()
+        weights = [layer.mlp.down_proj.weight.grad for layer in model.layers]
+        gains = [layer.input_layernorm.weight.grad for layer in model.layers]
+        results.append([y.detach(), stream.grad, *weights, *gains])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_a_gemma2_state_dict_is_run_saved_and_loaded_again_bitwise(tmp_path):
+    gemma, llama = gemma2_without_soft_caps()
+    llama.load_state_dict(convert_checkpoint_names(gemma.state_dict()), strict=False)
+    ids = torch.arange(14).view(2, 7)
+    before = llama(ids).logits
+    llama.save_pretrained(tmp_path)
+    loaded = hw.load_pretrained(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in llama.state_dict().items())
+    loaded.set_attn_implementation("eager")
+    assert torch.equal(loaded(ids).logits, before)
 
 
 def test_checkpoint_names_make_the_round_trip_bitwise():

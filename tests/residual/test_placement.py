@@ -321,3 +321,82 @@ def test_text_and_image_tower_of_clip_are_mixed_each_by_its_own_depth():
         layer = model.get_submodule(block.name)
         Swap(model, block.name, layer, rewire(layer, "pre", block.index, 4)).do()
     assert torch.allclose(run("clip", model), before, atol=1e-5)
+
+
+def by_the_equations(model, ids, n_post):
+    """Hidden states and logits of a Llama whose first layers are Post-LN, written out."""
+    inner = model.model
+    x = inner.embed_tokens(ids)
+    angles = inner.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    hidden = [x]
+    for i, layer in enumerate(inner.layers):
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+
+        def attend(y, layer=layer):
+            return layer.self_attn(hidden_states=y, position_embeddings=angles, attention_mask=None)[0]
+
+        if i < n_post:
+            x = first(x + attend(x))
+            x = second(x + layer.mlp(x))
+        else:
+            x = x + attend(first(x))
+            x = x + layer.mlp(second(x))
+        hidden.append(x)
+    return hidden, model.lm_head(inner.norm(x))
+
+
+@pytest.mark.parametrize("n_post", [0, 1, 2, 4])
+def test_hidden_states_logits_loss_and_gradients_are_those_of_the_equations(n_post):
+    def loss_of(logits):
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+
+    plain, model = build("llama"), build("llama")
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            q.copy_(p.add_(0.1 * torch.randn_like(p)))
+    if n_post:
+        hw.apply(model, hw.MixLN(n_post=n_post))
+    hidden, logits = by_the_equations(plain, IDS, n_post)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    ours = model(IDS).logits
+    for a, b in zip([*hidden[1:], logits], [*seen, ours], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    theirs, mine = loss_of(logits), loss_of(ours)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    theirs.backward()
+    mine.backward()
+    gradients = dict(model.named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, p.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_environment_does_not_move_norms_of_a_living_model(monkeypatch):
+    model = hw.apply(build("llama"), hw.MixLN(alpha=0.5))
+    before = run("llama", model)
+    monkeypatch.setenv("NORM_TYPE", "pre")
+    monkeypatch.setenv("POST_NUM", "4")
+    assert torch.equal(run("llama", model), before)
+    assert [block.placement for block in describe(pickle.loads(pickle.dumps(model))).blocks] == ["post"] * 2 + [
+        "pre"
+    ] * 2
+
+
+def test_fewer_than_four_layers_have_no_post_layer_and_say_so():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, nn.LayerNorm(16), enable_nested_tensor=False)
+    with pytest.warns(UserWarning, match="3 layers gives no Post-LN layer"):
+        hw.apply(model, hw.MixLN())
+    assert all(layer.norm_first for layer in model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "torch pre"])
+def test_rewired_layers_compile_without_a_break(name):
+    model = hw.apply(build(name), hw.PeriLN())
+    layer = model.model.layers[0] if name == "llama" else model.layers[0]
+    x = torch.randn(2, 5, 32)
+    more = {"position_embeddings": model.model.rotary_emb(x, torch.arange(5)[None])} if name == "llama" else {}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x, **more), layer(x, **more), atol=1e-5)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_peri_with_output_gain_zero_is_the_identity_and_passes_the_gradient():
 @pytest.mark.parametrize("scale", [1e-2, 1e2])
 def test_peri_is_invariant_to_the_scale_of_a_branch_and_pre_is_not(scale):
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    for placement, same in (("peri", True), ("pre", False)):
+    for placement, same in (("peri", True), ("pre", False), ("post", False)):
         block = TransformerBlock(16, 2, placement=placement, norm="rmsnorm", eps=1e-12).double()
         nn.init.normal_(block.mlp.down.weight, std=5.0)
         before = block(x)
@@ -153,15 +154,16 @@ def test_after_the_last_post_block_every_token_has_unit_rms():
 def test_with_zero_output_projections_pre_is_the_identity_and_post_is_idempotent():
     x = torch.randn(2, 5, 16)
     for placement in ("pre", "post"):
-        block = TransformerBlock(16, 2, placement=placement, norm="rmsnorm")
+        block = TransformerBlock(16, 2, placement=placement, norm="rmsnorm").double()
         for linear in (block.attention.out, block.mlp.down):
             linear.weight.zero_()
             linear.bias.zero_()
-        once = block(x)
+        once = block(x.double())
         if placement == "pre":
-            assert torch.equal(once, x)
+            assert torch.equal(once, x.double())
         else:
-            assert torch.allclose(block(once), once, atol=1e-5) and not torch.allclose(once, x, atol=1e-2)
+            assert torch.allclose(block(once), once, atol=1e-6)
+            assert not torch.allclose(once, x.double(), atol=1e-2)
 
 
 def test_loading_weights_of_another_placement_warns():
@@ -169,14 +171,17 @@ def test_loading_weights_of_another_placement_warns():
         decoder(placement="mix").load_state_dict(decoder(placement="pre").state_dict())
 
 
-def test_deepcopy_and_the_environment_keep_the_placement(monkeypatch):
+def test_deepcopy_pickle_state_and_the_environment_keep_the_placement(monkeypatch):
     model = decoder(placement="mix")
     tokens = torch.randint(0, 11, (2, 12))
     before = model(tokens)
     monkeypatch.setenv("NORM_TYPE", "pre")
     monkeypatch.setenv("POST_NUM", "4")
     assert torch.equal(copy.deepcopy(model)(tokens), before)
-    assert [block.placement for block in copy.deepcopy(model).blocks] == model.placement
+    twins = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), decoder(placement="mix"))
+    twins[-1].load_state_dict(model.state_dict())
+    for twin in twins:
+        assert twin.placement == ["post", "pre", "pre", "pre"] and torch.equal(twin(tokens), before)
 
 
 def test_tied_head_shares_the_table():
@@ -216,3 +221,41 @@ def test_safetensors_keeps_the_placement_with_the_weights(tmp_path):
     save_model(decoder(placement="pre"), str(tmp_path / "m.safetensors"))
     with pytest.warns(PlacementMismatchWarning):
         decoder(placement="post").load_state_dict(load_file(tmp_path / "m.safetensors"))
+
+
+def test_a_branch_without_norms_given_is_placed_with_layer_norm():
+    x, f = torch.randn(3, 8), nn.Linear(8, 8)
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    assert torch.allclose(residual(x, f, placement="pre"), x + f(norm(x)), atol=1e-6)
+    assert torch.allclose(residual(x, f, placement="peri"), x + norm(f(norm(x))), atol=1e-6)
+    with pytest.raises(ValueError, match="a norm of its own"):
+        residual(x, f, norm, "peri")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["pre", "post", "peri", "layernorm_scaling"])
+def test_blocks_compile_without_a_break(placement):
+    block = TransformerBlock(16, 2, placement=placement, index=2)
+    x = torch.randn(2, 5, 16)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), block(x), atol=1e-6)
+
+
+def test_empty_batches_and_single_tokens_pass_and_a_nan_stays_in_its_sequence():
+    for placement in SCHEMES:
+        block = TransformerBlock(16, 2, placement=placement)
+        assert block(torch.randn(0, 5, 16)).shape == (0, 5, 16)
+        assert block(torch.randn(1, 1, 16)).isfinite().all()
+        x = torch.randn(2, 5, 16)
+        x[0, 3] = torch.inf
+        y = block(x)
+        assert y[1].isfinite().all() and not y[0, 3].isfinite().all()
+
+
+def test_autocast_keeps_a_float32_stream_in_float32():
+    for placement in ("pre", "peri"):
+        block = TransformerBlock(16, 2, placement=placement)
+        x = torch.randn(2, 5, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block(x)
+        assert y.dtype == torch.float32 and torch.allclose(y, block(x), atol=0.1)
