@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -79,8 +80,11 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
     name = (config.architectures or ["AutoModel"])[0]
     kind: Any = getattr(transformers, name) if model_class is None else model_class
     model = kind(config)
-    for entry in entries:
-        apply(model, _technique(entry), where=entry.get("where"))
+    with warnings.catch_warnings():
+        # what a technique says of the weights it finds was said when it was applied; these are replaced at once
+        warnings.simplefilter("ignore", UserWarning)
+        for entry in entries:
+            apply(model, _technique(entry), where=entry.get("where"))
     index = folder / "model.safetensors.index.json"
     files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
