@@ -119,8 +119,10 @@ inline float hyperbolic(float x) {
 template <class C>
 inline void statistics(const C* a, int64_t n, C eps, C* stats) {
   C total = 0, square = 0;
+#pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; i++) total += a[i];
   const C mean = total / C(n);
+#pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < n; i++) square += (a[i] - mean) * (a[i] - mean);
   stats[0] = mean;
   stats[1] = C(1) / std::sqrt(square / C(n) + eps);
@@ -131,6 +133,7 @@ template <class C>
 inline void norm_backward(const C* dy, const C* x, int64_t n, const C* gain, const C* stats, C* dgain, C* dx) {
   const C mean = stats[0], rstd = stats[1];
   C first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
   for (int64_t i = 0; i < n; i++) {
     const C xhat = (x[i] - mean) * rstd, h = dy[i] * gain[i];
     dgain[i] += dy[i] * xhat;
@@ -139,6 +142,7 @@ inline void norm_backward(const C* dy, const C* x, int64_t n, const C* gain, con
   }
   first /= C(n);
   second /= C(n);
+#pragma omp simd
   for (int64_t i = 0; i < n; i++) dx[i] = rstd * (dy[i] * gain[i] - first - (x[i] - mean) * rstd * second);
 }
 
@@ -158,13 +162,15 @@ inline void round_to_bfloat16<float>(const float* from, float* to, int64_t n) {
 // left = normalised P with gain and offset, right = the same of Z
 template <class C>
 inline void normalise(const Run<C>& s, const C* p, const C* z, const C* sp, const C* sz, C* left, C* right) {
+  const C *gain_in = s.gain_in, *offset_in = s.offset_in, *gain_rec = s.gain_rec, *offset_rec = s.offset_rec;
   const int64_t segments = s.segments;
   for (int64_t k = 0; k < segments; k++) {
     const int64_t from = s.bounds[k], to = s.bounds[k + 1];
     const C mp = sp[2 * k], rp = sp[2 * k + 1], mz = sz[2 * k], rz = sz[2 * k + 1];
+#pragma omp simd
     for (int64_t j = from; j < to; j++) {
-      left[j] = (p[j] - mp) * rp * s.gain_in[j] + s.offset_in[j];
-      right[j] = (z[j] - mz) * rz * s.gain_rec[j] + s.offset_rec[j];
+      left[j] = (p[j] - mp) * rp * gain_in[j] + offset_in[j];
+      right[j] = (z[j] - mz) * rz * gain_rec[j] + offset_rec[j];
     }
   }
 }
@@ -185,6 +191,9 @@ template <class C>
 void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
   const int64_t H = s.H, GH = s.G * H, B = s.B, T = s.T, K = 2 * s.segments;
   C *left = room, *right = left + GH, *rounded = right + GH;
+  // copies, because a store through a C* might change the pointers inside s and would keep loops from vectorising
+  const C *gain_rec = s.gain_rec, *offset_rec = s.offset_rec, *gain_cell = s.gain_cell, *offset_cell = s.offset_cell;
+  const bool relu = s.relu, feed_back = s.cell_norm == 2;
   for (int64_t step = 0; step < T; step++) {
     const int64_t t = s.reverse ? T - 1 - step : step, before = s.reverse ? t + 1 : t - 1;
     const C* h_before = step ? s.h + before * B * H : s.h0;
@@ -204,8 +213,10 @@ void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
       const C* cp = lstm ? c_before + b * H : nullptr;
       C* c = lstm ? s.c + row * H : nullptr;
       if (s.lengths && t >= s.lengths[b]) {
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) h[j] = hp[j];
         if (lstm)
+#pragma omp simd
           for (int64_t j = 0; j < H; j++) c[j] = cp[j];
         continue;
       }
@@ -213,12 +224,14 @@ void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
       C* z = z_step + b * GH;
       C *sp = s.stats_in + row * K, *sz = s.stats_rec + row * K;
       if (s.kind == 2) {
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) z[j] += p[j];
         row_statistics(s, z, sz);
         const C mean = sz[0], rstd = sz[1];
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
-          const C a = (z[j] - mean) * rstd * s.gain_rec[j] + s.offset_rec[j];
-          h[j] = s.relu ? (a < C(0) ? C(0) : a) : hyperbolic(a);
+          const C a = (z[j] - mean) * rstd * gain_rec[j] + offset_rec[j];
+          h[j] = relu ? (a < C(0) ? C(0) : a) : hyperbolic(a);
         }
         continue;
       }
@@ -226,6 +239,7 @@ void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
       row_statistics(s, z, sz);
       normalise(s, p, z, sp, sz, left, right);
       if (s.kind == 1) {
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
           const C r = sigmoid(left[j] + right[j]), u = sigmoid(left[H + j] + right[H + j]);
           const C n = hyperbolic(left[2 * H + j] + r * right[2 * H + j]);
@@ -234,6 +248,7 @@ void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
         continue;
       }
       C* raw = s.cell_norm == 2 ? s.raw + row * H : c;
+#pragma omp simd
       for (int64_t j = 0; j < H; j++) {
         const C i = sigmoid(left[j] + right[j]), f = sigmoid(left[H + j] + right[H + j]);
         const C g = hyperbolic(left[2 * H + j] + right[2 * H + j]);
@@ -244,9 +259,10 @@ void forward(const Run<C>& s, int64_t first, int64_t last, C* room) {
       sc[1] = 1;
       if (s.cell_norm) statistics(raw, H, s.eps, sc);
       const C mean = sc[0], rstd = sc[1];
+#pragma omp simd
       for (int64_t j = 0; j < H; j++) {
-        const C y = (raw[j] - mean) * rstd * s.gain_cell[j] + s.offset_cell[j];
-        if (s.cell_norm == 2) c[j] = y;
+        const C y = (raw[j] - mean) * rstd * gain_cell[j] + offset_cell[j];
+        if (feed_back) c[j] = y;
         h[j] = sigmoid(left[3 * H + j] + right[3 * H + j]) * hyperbolic(y);
       }
     }
@@ -260,6 +276,8 @@ void backward(const Run<C>& s, int64_t first, int64_t last, C* grads, C* room) {
   const int64_t H = s.H, GH = s.G * H, B = s.B, T = s.T, K = 2 * s.segments;
   C *left = room, *right = left + GH, *da = right + GH, *db = da + GH, *dy = db + GH, *direct = dy + H;
   C *dgain_in = grads, *doffset_in = grads + GH, *dgain_rec = grads + 2 * GH, *doffset_rec = grads + 3 * GH;
+  const C *gain_cell = s.gain_cell, *offset_cell = s.offset_cell;
+  const bool relu = s.relu, feed_back = s.cell_norm == 2;
   C *dgain_cell = grads + 4 * GH, *doffset_cell = dgain_cell + H;
   for (int64_t step = T - 1; step >= 0; step--) {
     const int64_t t = s.reverse ? T - 1 - step : step, before = s.reverse ? t + 1 : t - 1;
@@ -270,31 +288,38 @@ void backward(const Run<C>& s, int64_t first, int64_t last, C* grads, C* room) {
       C *dh = s.dh + b * H, *dc = s.dc + b * H, *keep = direct + (b - first) * H;
       C *p = s.p + row * GH, *dz = s.dz + row * GH;
       const C *gh = s.gh + row * H, *z = s.z + row * GH;
+#pragma omp simd
       for (int64_t j = 0; j < H; j++) dh[j] += gh[j];
       if (s.lengths && t >= s.lengths[b]) {
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) keep[j] = dh[j];
+#pragma omp simd
         for (int64_t j = 0; j < GH; j++) p[j] = dz[j] = 0;
         continue;
       }
       const C *sp = s.stats_in + row * K, *sz = s.stats_rec + row * K;
       if (s.kind == 2) {
         const C* h = s.h + row * H;
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
-          da[j] = s.relu ? (h[j] > C(0) ? dh[j] : C(0)) : dh[j] * (C(1) - h[j] * h[j]);
+          da[j] = relu ? (h[j] > C(0) ? dh[j] : C(0)) : dh[j] * (C(1) - h[j] * h[j]);
           doffset_rec[j] += da[j];
           keep[j] = 0;
         }
         if (s.norm) {
           norm_backward(da, z, H, s.gain_rec, sz, dgain_rec, dz);
         } else {
+#pragma omp simd
           for (int64_t j = 0; j < H; j++) dz[j] = da[j];
         }
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) p[j] = dz[j];
         continue;
       }
       normalise(s, p, z, sp, sz, left, right);
       if (s.kind == 1) {
         const C* hp = h_before + b * H;
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
           const C r = sigmoid(left[j] + right[j]), u = sigmoid(left[H + j] + right[H + j]), q = right[2 * H + j];
           const C n = hyperbolic(left[2 * H + j] + r * q);
@@ -309,21 +334,24 @@ void backward(const Run<C>& s, int64_t first, int64_t last, C* grads, C* room) {
         const C *cp = c_before + b * H, *raw = s.cell_norm == 2 ? s.raw + row * H : s.c + row * H;
         const C* sc = s.stats_cell + row * 2;
         const C mean = sc[0], rstd = sc[1];
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
           const C o = sigmoid(left[3 * H + j] + right[3 * H + j]);
-          const C y = hyperbolic((raw[j] - mean) * rstd * s.gain_cell[j] + s.offset_cell[j]);
+          const C y = hyperbolic((raw[j] - mean) * rstd * gain_cell[j] + offset_cell[j]);
           da[3 * H + j] = dh[j] * y * o * (C(1) - o);
-          dy[j] = dh[j] * o * (C(1) - y * y) + (s.cell_norm == 2 ? dc[j] : C(0));
+          dy[j] = dh[j] * o * (C(1) - y * y) + (feed_back ? dc[j] : C(0));
           keep[j] = 0;
         }
         if (s.cell_norm) {
+#pragma omp simd
           for (int64_t j = 0; j < H; j++) doffset_cell[j] += dy[j];
           norm_backward(dy, raw, H, s.gain_cell, sc, dgain_cell, dy);
         }
+#pragma omp simd
         for (int64_t j = 0; j < H; j++) {
           const C i = sigmoid(left[j] + right[j]), f = sigmoid(left[H + j] + right[H + j]);
           const C g = hyperbolic(left[2 * H + j] + right[2 * H + j]);
-          const C d = s.cell_norm == 2 ? dy[j] : dy[j] + dc[j];
+          const C d = feed_back ? dy[j] : dy[j] + dc[j];
           da[j] = d * g * i * (C(1) - i);
           da[H + j] = d * cp[j] * f * (C(1) - f);
           da[2 * H + j] = d * i * (C(1) - g * g);
@@ -331,7 +359,9 @@ void backward(const Run<C>& s, int64_t first, int64_t last, C* grads, C* room) {
         }
       }
       const C* dright = s.kind == 1 ? db : da;
+#pragma omp simd
       for (int64_t j = 0; j < GH; j++) doffset_in[j] += da[j];
+#pragma omp simd
       for (int64_t j = 0; j < GH; j++) doffset_rec[j] += dright[j];
       if (s.norm) {
         for (int64_t k = 0; k < s.segments; k++) {
@@ -340,11 +370,13 @@ void backward(const Run<C>& s, int64_t first, int64_t last, C* grads, C* room) {
           norm_backward(dright + from, z + from, n, s.gain_rec + from, sz + 2 * k, dgain_rec + from, dz + from);
         }
       } else {
+#pragma omp simd
         for (int64_t j = 0; j < GH; j++) p[j] = da[j], dz[j] = dright[j];
       }
     }
     C* dh = s.dh + first * H;
     multiply(s.dz + (t * B + first) * GH, last - first, GH, s.packed, H, dh);
+#pragma omp simd
     for (int64_t j = 0; j < (last - first) * H; j++) dh[j] += direct[j];
   }
 }

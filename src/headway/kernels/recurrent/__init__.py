@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels.library import define, load, needs_grad
+from headway.kernels.products import linear, outer
 from headway.kernels.recurrent import reference
 from headway.kernels.recurrent.reference import GATES, LSTM
 
@@ -81,8 +82,7 @@ _scan_backward = define(
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
     """P = x weight^T + bias for all steps at once, (T, B, gates * hidden) in the arithmetic type."""
     # half-precision operands, but sums and result in the arithmetic type: a norm enlarges what rounding P would lose
-    flat, across = x.flatten(0, 1).to(wide), weight.to(wide).t()
-    p = torch.mm(flat, across) if bias is None else torch.addmm(bias, flat, across)
+    p = linear(x.flatten(0, 1).to(wide), weight.to(wide), bias)
     return p.view(*x.shape[:2], weight.shape[0])
 
 
@@ -174,12 +174,12 @@ def _backward_body(
     flat = p.flatten(0, 1)
     dbias = h0.new_empty(0) if bias is None else flat.sum(0)
     flat = flat.to(low)
-    dx = flat.mm(weight_ih).view_as(x) if want_x else x.new_empty(0)
-    dweight_ih = flat.t().mm(x.flatten(0, 1))
+    dx = linear(flat, weight_ih.t()).view_as(x) if want_x else x.new_empty(0)
+    dweight_ih = outer(flat, x.flatten(0, 1))
     later, earlier, first = (dz[:-1], h[1:], dz[-1]) if reverse else (dz[1:], h[:-1], dz[0])
-    dweight_hh = first.to(low).t().mm(h0.to(low))
+    dweight_hh = outer(first.to(low), h0.to(low))
     if x.shape[0] > 1:
-        dweight_hh.addmm_(later.flatten(0, 1).to(low).t(), earlier.flatten(0, 1).to(low))
+        dweight_hh += outer(later.flatten(0, 1).to(low), earlier.flatten(0, 1).to(low))
     return dx, dh0, dc0, dweight_ih, dweight_hh, dbias, dgains, dcell
 
 
