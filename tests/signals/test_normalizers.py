@@ -49,6 +49,32 @@ def test_the_weight_normalisers_are_their_formulas():
         torch.testing.assert_close(layer(x), torch.nn.functional.conv2d(x, w, layer.bias, padding=1))
 
 
+@pytest.mark.parametrize("name", [name.replace("N", "4") for name in NORMALIZERS])
+def test_six_convolutions_under_every_normaliser_report_what_layers_put_between_them_would_see(name):
+    torch.manual_seed(0)
+    model = plain_net(6, 16, 3)(Normalizer(name)).double().train()
+    x, y = torch.randn(10, 3, 8, 8, dtype=torch.float64), torch.randint(0, 10, (10,))
+    flow = hw.probe(model, x, loss=torch.nn.functional.cross_entropy, targets=y)
+    kept, a = {}, x
+    for place, module in model.named_children():
+        # a copy, so that an in-place successor spares what is looked at
+        a = module(a.clone())
+        a.retain_grad()
+        kept[place] = a
+    torch.nn.functional.cross_entropy(a, y).backward()
+    assert len(flow.of("post")) == 6 and len(flow.of("pre")) == 7
+    for row in flow.rows:
+        a = kept[row.name].detach()
+        over = (0, 2, 3) if a.dim() == 4 else (0,)
+        rows = a.flatten(1) / a.flatten(1).norm(dim=1, keepdim=True)
+        m = rows @ rows.T
+        assert row.std == pytest.approx(float(a.std(over).mean()), rel=1e-8)
+        assert row.var == pytest.approx(float(a.var(over).mean()), rel=1e-8)
+        assert row.grad_norm == pytest.approx(float(kept[row.name].grad.norm()), rel=1e-8)
+        assert row.cos == pytest.approx(float(((m.sum(1) - 1) / 9).mean()), abs=1e-8)
+        assert row.stable_rank == pytest.approx(float(m.trace() / torch.linalg.matrix_norm(m, 2)), rel=1e-8)
+
+
 def test_running_variance_is_used_in_evaluation():
     layer, x = N.VarianceNorm(8, momentum=1.0).double(), data()
     trained = layer(x)

@@ -21,19 +21,24 @@ def _rank(rank, folder):
     try:
         shard = batch()[:5] if rank == 0 else batch()[5:]
         flow = hw.probe(model(), shard, loss=lambda out: out.square().sum(), sync=True)
-        torch.save(flow.to_dict(), f"{folder}/{rank}.pt")
+        wrapped = hw.probe(
+            nn.parallel.DistributedDataParallel(model()), shard, loss=lambda out: out.square().sum(), sync=True
+        )
+        torch.save((flow.to_dict(), wrapped.to_dict()), f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_put_their_moments_and_gradients_together(tmp_path):
+def test_two_ranks_put_their_moments_and_gradients_together_also_under_ddp(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     whole = hw.probe(model(), batch(), loss=lambda out: out.square().sum())
     for rank in range(2):
-        rows = torch.load(tmp_path / f"{rank}.pt")["rows"]
-        for got, wanted in zip(rows, whole.rows, strict=True):
-            for key in ("std", "var", "rms", "mean", "kurtosis", "absmax", "frac_zero", "grad_norm"):
-                assert got[key] == pytest.approx(getattr(wanted, key), rel=1e-9), key
+        for flow in torch.load(tmp_path / f"{rank}.pt"):
+            assert flow["model"] == "Sequential"
+            for got, wanted in zip(flow["rows"], whole.rows, strict=True):
+                assert got["name"] == wanted.name
+                for key in ("std", "var", "rms", "mean", "kurtosis", "absmax", "frac_zero", "grad_norm"):
+                    assert got[key] == pytest.approx(getattr(wanted, key), rel=1e-9), key
 
 
 def test_sync_without_a_process_group_is_refused():

@@ -61,6 +61,26 @@ def test_between_watched_steps_the_layers_carry_no_hooks():
     assert hooks(model) == 0
 
 
+def test_gradients_are_divided_by_the_scale_of_their_own_step():
+    class Scaler:
+        scale = 1024.0
+
+        def get_scale(self):
+            return self.scale
+
+    scaler, flows = Scaler(), []
+    for scaled in (True, False):
+        model = net()
+        with hw.watch(model, every=1, grad_scale=scaler if scaled else None) as log:
+            (model(torch.ones(8, 6)).square().mean() * (scaler.scale if scaled else 1)).backward()
+            scaler.scale = 2.0
+        flows.append(log.last)
+    for a, b in zip(flows[0].rows, flows[1].rows, strict=True):
+        assert a.grad_norm == pytest.approx(b.grad_norm) and a.weight_grad_norm == pytest.approx(
+            b.weight_grad_norm, nan_ok=True
+        )
+
+
 def test_only_the_last_flows_are_kept_and_evaluation_is_not_counted():
     model = net()
     with hw.watch(model, every=1, keep=2) as log:

@@ -19,7 +19,7 @@ from headway.kernels.moments import moments
 from headway.signals.calls import Call, Settings, measure
 from headway.signals.layout import Layouts, first_tensor
 from headway.signals.points import Point
-from headway.signals.reading import read
+from headway.signals.reading import read, scale_of
 from headway.signals.row import Row
 from headway.signals.saved import SavedBytes
 from headway.signals.statistics import exact
@@ -47,6 +47,7 @@ class Recorder:
         self._weights = Weights(self.optimizer)
         self._saved = SavedBytes()
         self._in_backward = False
+        self._scale = 1.0
         self._waiting: dict[int, list[Call]] = {}
         self._last: tuple[weakref.ref[Tensor], int, Call] | None = None
 
@@ -98,6 +99,8 @@ class Recorder:
     def begin_backward(self) -> None:
         """Modules that run from here on are recomputed by checkpointing; they add gradients, not rows."""
         self._saved.stop()
+        # now: a GradScaler may move on before the rows are read
+        self._scale = scale_of(self.settings.grad_scale)
         self._in_backward = True
         self._last = None
 
@@ -106,7 +109,7 @@ class Recorder:
         calls = self._confirmed()
         if self.settings.sync:
             synchronise(calls)
-        return read(calls, self._weights, self.settings.grad_scale)
+        return read(calls, self._weights, self._scale)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._saved.enter(module)

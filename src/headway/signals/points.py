@@ -64,6 +64,12 @@ def _is_attention(module: nn.Module) -> bool:
     return named(module) and not any(named(inner) for inner in module.modules() if inner is not module)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a ``DistributedDataParallel`` or ``DataParallel``; any other as it is."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return model.module if isinstance(model, parallel) else model
+
+
 def anatomy_of(model: nn.Module) -> Anatomy | None:
     """The model's anatomy, or None where it is of no known family."""
     try:
@@ -118,7 +124,7 @@ def find(
 
 
 def plain_name(name: str) -> str:
-    """The qualified name without what wrappers put in it (DDP's ``module.``, torch.compile's ``_orig_mod.``)."""
+    """The qualified name without what wrappers put in it (torch.compile's ``_orig_mod.``)."""
     for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     return "" if name in ("_orig_mod", "_fsdp_wrapped_module") else name

@@ -29,7 +29,7 @@ from headway.signals.findings import Traits, findings
 from headway.signals.flow import Flow
 from headway.signals.growth import growth
 from headway.signals.hooks import Recorder
-from headway.signals.points import KINDS, Layers, anatomy_of, find, kind_of
+from headway.signals.points import KINDS, Layers, anatomy_of, find, kind_of, unwrapped
 from headway.signals.reading import scale_of
 
 
@@ -90,8 +90,9 @@ def probe(
         RuntimeError: a hook could not be removed.
     """
     _check(model, unwrap, mode)
-    anatomy = anatomy_of(model)
-    points = find(model, layers, kinds, anatomy)
+    core = unwrapped(model)
+    anatomy = anatomy_of(core)
+    points = find(core, layers, kinds, anatomy)
     inputs, targets = split_targets(inputs, loss, targets)
     check_batch(inputs, keywords)
     settings = Settings(
@@ -137,11 +138,11 @@ def probe(
     return Flow(
         rows,
         law,
-        findings(rows, law, traits(model, anatomy), collapse_at, recorder.saved_total),
+        findings(rows, law, traits(core, anatomy), collapse_at, recorder.saved_total),
         loss_value / scale_of(grad_scale),
         words,
         recorder.saved_total,
-        type(model).__name__,
+        type(core).__name__,
         notes,
     )
 

@@ -15,13 +15,8 @@ from headway.signals.row import NAN, Row
 from headway.signals.weights import Weights
 
 
-def read(calls: Sequence[Call], weights: Weights, grad_scale: Any = None) -> list[Row]:
-    """The rows of these calls, in order of execution; gradients are divided by ``grad_scale``.
-
-    Raises:
-        ValueError: ``grad_scale`` is not positive.
-    """
-    scale = scale_of(grad_scale)
+def read(calls: Sequence[Call], weights: Weights, scale: float = 1.0) -> list[Row]:
+    """The rows of these calls, in order of execution; gradients are divided by ``scale``."""
     if not calls:
         return []
     device = calls[0].scalars.device
@@ -80,7 +75,11 @@ def read(calls: Sequence[Call], weights: Weights, grad_scale: Any = None) -> lis
 
 
 def scale_of(grad_scale: Any) -> float:
-    """The number behind ``grad_scale``: None, a number, or a GradScaler."""
+    """The number behind ``grad_scale``: None, a number, or a GradScaler.
+
+    Raises:
+        ValueError: it is not positive.
+    """
     if grad_scale is None:
         return 1.0
     value = grad_scale.get_scale() if hasattr(grad_scale, "get_scale") else float(grad_scale)

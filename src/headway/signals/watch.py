@@ -26,7 +26,7 @@ from headway.signals.findings import findings
 from headway.signals.flow import Flow, aligned
 from headway.signals.growth import growth
 from headway.signals.hooks import Recorder
-from headway.signals.points import KINDS, Layers, anatomy_of, find
+from headway.signals.points import KINDS, Layers, anatomy_of, find, unwrapped
 from headway.signals.probe import is_compiled, traits
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class Monitor:
         if is_compiled(model):
             raise TypeError("the model is compiled, and compiled code runs no hooks; watch a run of the plain model")
         self.model, self.every, self.step = model, every, 0
-        anatomy = anatomy_of(model)
-        self._points = find(model, layers, kinds, anatomy)
+        core = unwrapped(model)
+        anatomy = anatomy_of(core)
+        self._points = find(core, layers, kinds, anatomy)
         self._settings = Settings(
             max_samples,
             max_features,
@@ -93,7 +94,7 @@ class Monitor:
             saved=saved,
         )
         self._optimizer, self._collapse_at = optimizer, collapse_at
-        self._traits = traits(model, anatomy)
+        self._traits = traits(core, anatomy)
         self._flows: deque[tuple[int, Flow]] = deque(maxlen=keep)
         self._root: list[Any] = []
         self._recorder: Recorder | None = None
@@ -147,7 +148,7 @@ class Monitor:
         law = growth(rows, self._collapse_at)
         found = findings(rows, law, self._traits, self._collapse_at, recorder.saved_total)
         flow = Flow(rows, law, found, objective="the training loss", saved_bytes=recorder.saved_total)
-        flow.model = type(self.model).__name__
+        flow.model = type(unwrapped(self.model)).__name__
         self._flows.append((self._recorded_step, flow))
 
     @property
