@@ -139,3 +139,37 @@ def test_a_hugging_face_trainer_carries_the_monitor(tmp_path):
     assert [step for step, _ in callback.monitor.records] == [0, 2, 4]
     assert any("signal/explosion" in entry for entry in trainer.state.log_history)
     assert hooks(model) == 0
+
+
+def test_a_lightning_trainer_carries_the_monitor(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from headway.signals.callbacks import lightning_callback
+
+    class Regression(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, index):
+            return self(batch[0]).square().mean()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(40, 6)), batch_size=8)
+    callback, module = lightning_callback(every=2), Regression()
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], default_root_dir=str(tmp_path), **quiet
+    )
+    trainer.fit(module, loader)
+    assert [step for step, _ in callback.monitor.records] == [0, 2, 4] and hooks(module) == 0
+    assert all(row.grad_norm > 0 for row in callback.monitor.last.rows)

@@ -11,13 +11,17 @@ import torch
 from headway.trials.comparison import Comparison
 from headway.trials.runner import shard
 
-# On a CPU, `accelerate launch` starts several processes through MPI only; torchrun does without, and Accelerate finds itself in
-# the same group of processes.
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0",
+    # with --cpu, Accelerate starts several processes through MPI only
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
+    "--dynamo_backend=no --main_process_port=0",
+}
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_give_the_loss_curve_of_one_with_the_same_global_batch(children, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_gloo_processes_give_the_loss_curve_of_one_with_the_same_global_batch(children, tmp_path, launcher):
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(f"""
@@ -30,7 +34,7 @@ def test_two_gloo_processes_give_the_loss_curve_of_one_with_the_same_global_batc
         assert found.finished and found.rows[0].mean is not None
         """)
     )
-    command = [sys.executable, *TORCHRUN, str(script), str(tmp_path / "two.sqlite")]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(script), str(tmp_path / "two.sqlite")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -49,7 +49,8 @@ def compare(
 
     Every run is written to ``store`` as it goes. Call again after a kill, a crash or Ctrl-C, and finished runs are kept and
     the interrupted one goes on from its last checkpoint, bit for bit. Several processes may work on one store at once; no two
-    take the same run. Under ``accelerate launch`` or ``torchrun`` all processes share each run's batches.
+    take the same run. Under ``torchrun`` or ``accelerate launch --multi_gpu``, without a GPU too, all processes share each run's
+    batches.
 
     Args:
         task: a name ("stdlib-text(depth=12)"), a Python path ("pkg.module:make_task"), or a :class:`headway.tasks.Task`.

@@ -13,7 +13,7 @@ from headway.trials.store import LostClaim, Store
 
 
 def one_process() -> bool:
-    """Whether this process trains alone; False under ``torchrun`` and ``accelerate launch`` with several."""
+    """Whether this process trains alone; False under ``torchrun`` and ``accelerate launch --multi_gpu``."""
     import os
 
     return int(os.environ.get("WORLD_SIZE", "1")) == 1

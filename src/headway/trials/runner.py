@@ -1,7 +1,6 @@
 """One run: a task's model, changed by one arm, trained from one seed within a budget, everything written as it happens.
 
-Training runs under Accelerate, so one process on a CPU, a GPU, or several processes (``accelerate launch``, ``torchrun``)
-differ by configuration alone. Several processes share each global batch: every one takes its slice and weighs its loss by
+Training runs under Accelerate, so one process on a CPU, a GPU, or several processes (``torchrun``, ``accelerate launch``) differ by configuration alone. Several processes share each global batch: every one takes its slice and weighs its loss by
 the slice's share, so that the gradient is that of the whole batch.
 """
 
