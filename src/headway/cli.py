@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,19 +41,26 @@ def _techniques(keys: list[str]) -> list[Any]:
 def probe(
     model: ModelName,
     save: Annotated[Path | None, typer.Option(help="Write the HTML page there.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="A task whose batch and loss are taken: digits, stdlib-text, ...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """See what every layer does to the signal and to its gradient."""
     from headway.models import load_model
     from headway.signals.probe import probe as run
+    from headway.tasks.task import get
+    from headway.trials.probing import flow_of
 
-    loaded, batch = load_model(model)
-    if batch is None:
-        raise ValueError(f"{model} returned a model without a batch; let the factory return (model, batch)")
-    inputs, keywords = (
-        (batch, {}) if isinstance(batch, tuple) else ((), batch) if isinstance(batch, dict) else ((batch,), {})
-    )
-    flow = run(loaded, *inputs, **keywords)
+    loaded, given = load_model(model)
+    if batch is not None:
+        flow = flow_of(loaded, get(batch))
+    elif given is not None:
+        flow = run(loaded, given)
+    else:
+        raise ValueError(
+            f"{model} returned a model without a batch; let the factory return (model, batch), or name a task: --batch digits"
+        )
     if save is not None:
         flow.save(save)
     if as_json:
@@ -276,8 +284,10 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         Console(stderr=True).print(escape(str(stop) or "stopped"), soft_wrap=True, highlight=False)
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
-        Console(stderr=True).print(f"headway: {escape(str(error))}", soft_wrap=True, highlight=False)
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, sqlite3.Error) as error:
+        # a KeyError shows its message in quotes
+        words = error.args[0] if isinstance(error, KeyError) and error.args else error
+        Console(stderr=True).print(f"headway: {escape(str(words))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
 
 

@@ -54,6 +54,8 @@ def examine() -> dict[str, Any]:
     if not all(kernels.values()):
         missing = ", ".join(name for name, built in kernels.items() if not built)
         how = "run `python -m headway.kernels.build`" if compiler() else "install a C++ compiler (g++ or clang++) first"
+        if os.environ.get("HEADWAY_KERNELS") == "reference":
+            how = "unset HEADWAY_KERNELS, which is set to reference"
         advice.append(f"these operations run in plain PyTorch, slower: {missing}; {how}")
     if faults["slowdown"] > 1.5:
         advice.append(

@@ -19,7 +19,7 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
     safetensors, and started at random otherwise.
 
     Raises:
-        ValueError: the name is neither, or the factory returns something else.
+        ValueError: the name is neither, or the factory fails or returns something else.
     """
     if Path(name).is_dir():
         return _from_folder(Path(name))
@@ -32,9 +32,15 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
+        # whatever the module does while it is imported
         raise ValueError(f"{name!r} could not be imported: {error}") from error
-    made = factory() if not isinstance(factory, nn.Module) else factory
+    if not callable(factory):
+        raise ValueError(f"{name} is no function but {type(factory).__name__}; name one that returns a torch.nn.Module")
+    try:
+        made = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise ValueError(f"{name}() raised {type(error).__name__}: {error}") from error
     model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, or (module, batch); it returned {type(made).__name__}")
@@ -69,4 +75,6 @@ def made_up_batch(model: nn.Module, samples: int = 8, length: int = 32) -> Any:
     batch = {"input_ids": ids}
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
         batch["labels"] = ids
+    elif getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = ids
     return batch

@@ -182,7 +182,8 @@ def test_a_full_disk_loses_nothing_that_is_saved(children, tmp_path, monkeypatch
     assert outcome(children.run(store)) == outcome(uninterrupted)
 
 
-def test_a_lost_checkpoint_file_costs_time_but_no_result(children, forks, tmp_path, uninterrupted):
+@pytest.mark.parametrize("how", ["lost", "broken"])
+def test_a_lost_or_broken_checkpoint_file_costs_time_but_no_result(children, forks, tmp_path, uninterrupted, how):
     store = tmp_path / "lost.sqlite"
     child = forks.Process(target=children.run_quietly, args=(store, 0.02))
     child.start()
@@ -190,5 +191,8 @@ def test_a_lost_checkpoint_file_costs_time_but_no_result(children, forks, tmp_pa
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     for file in Store(store).folder.glob("*.pt"):
-        file.unlink()
+        if how == "lost":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-1000] + bytes(900))
     assert outcome(children.run(store)) == outcome(uninterrupted)

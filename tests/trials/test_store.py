@@ -120,6 +120,24 @@ def test_another_file_is_refused_with_a_sentence(tmp_path):
         Store(tmp_path / "later.sqlite")
 
 
+def test_another_programs_database_is_left_as_it_was(tmp_path):
+    path = tmp_path / "theirs.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE runs (id INTEGER)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program's database"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_a_path_that_cannot_be_written_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        Store(tmp_path / "file" / "runs.sqlite")
+    with pytest.raises(OSError, match="cannot be written"):
+        Store(tmp_path)
+
+
 def test_an_empty_store_holds_no_comparison(store):
     with pytest.raises(StoreError, match="holds no comparison"):
         store.comparison()

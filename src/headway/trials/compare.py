@@ -85,7 +85,7 @@ def compare(
     lined_up = read_arms(arms)
     numbers = _seeds(seeds)
     length = Budget.of(budget if budget is not None else getattr(chosen, "budget", "200 steps"))
-    size = _positive("batch_size", batch_size or getattr(chosen, "batch_size", 32))
+    size = _positive("batch_size", getattr(chosen, "batch_size", 32) if batch_size is None else batch_size)
     if precision not in ("fp32", "bf16"):
         raise ValueError(f'precision is "fp32" or "bf16", not {precision!r}')
     if engine not in ("local", "ray"):

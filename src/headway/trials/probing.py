@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from headway.signals.flow import Flow
+from headway.signals.probe import probe
 from headway.tasks.task import Task
 
 
@@ -50,24 +52,27 @@ def call_of(task: Task, batch: Any) -> tuple[tuple, dict[str, Any]]:
     )
 
 
+def flow_of(model: nn.Module, task: Task, device: torch.device | str = "cpu") -> Flow:
+    """A probe of ``model`` on the task's probe batch and with its loss. Raises what ``hw.probe`` raises."""
+    batch = send_to_device(task.probe_batch(), device)
+    arguments, keywords = call_of(task, batch)
+
+    def loss(output: Any) -> Tensor:
+        return task.loss(_Answerer(output), batch)
+
+    # keywords go in as one mapping where they can: they may be called like settings of the probe
+    if keywords and not arguments:
+        return probe(model, keywords, loss=loss)
+    return probe(model, *arguments, loss=loss, **keywords)
+
+
 def probe_task(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any]:
     """The plain data of a probe of ``model`` on the task's probe batch, or ``{"note": why there is none}``.
 
     The probe sees a copy, so that neither gradients nor running statistics of the model change.
     """
     try:
-        from headway.signals.probe import probe
-    except ImportError as error:
-        return {"note": f"no probe: {error}"}
-    try:
-        batch = send_to_device(task.probe_batch(), device)
-        arguments, keywords = call_of(task, batch)
-
-        def loss(output: Any, *_: Any) -> Tensor:
-            return task.loss(_Answerer(output), batch)
-
-        inputs = arguments if not keywords else (*arguments, keywords)
-        return probe(copy.deepcopy(model), *inputs, loss=loss).to_dict()
+        return flow_of(copy.deepcopy(model), task, device).to_dict()
     except Exception as error:
         # A model that cannot be probed can still be trained and compared.
         return {"note": f"no probe: {type(error).__name__}: {error}"}

@@ -1,7 +1,8 @@
 """One run: a task's model, changed by one arm, trained from one seed within a budget, everything written as it happens.
 
-Training runs under Accelerate, so one process on a CPU, a GPU, or several processes (``torchrun``, ``accelerate launch``) differ by configuration alone. Several processes share each global batch: every one takes its slice and weighs its loss by
-the slice's share, so that the gradient is that of the whole batch.
+Training runs under Accelerate, so one process on a CPU, a GPU, or several processes (``torchrun``, ``accelerate launch``) differ
+by configuration alone. Several processes share each global batch: every one takes its slice and weighs its loss by the slice's
+share, so that the gradient is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from headway.trials.state import (
     evaluating,
     pack,
     random_state,
+    readable,
     seed_everything,
     set_random_state,
     undisturbed,
@@ -103,7 +105,7 @@ class Run:
 
     def _train(self) -> None:
         job, task, accelerator = self.job, self.job.task, self.accelerator
-        begun = self._on_main(lambda: self.store.begin(job.run, self.owner))
+        begun = self._on_main(self._begin)
         _warm(job, accelerator)
         memory = TrainingMemory(accelerator.device)
         seed_everything(job.seed)
@@ -203,6 +205,12 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     # --- what is written
+
+    def _begin(self) -> dict[str, Any]:
+        begun = self.store.begin(self.job.run, self.owner)
+        if begun["content"] is not None and not readable(begun["content"]):
+            return self.store.begin(self.job.run, self.owner, True)
+        return begun
 
     def _write_facts(self, model: nn.Module, plan: Any, known: list[str]) -> None:
         if not self.main or "parameters" in known:

@@ -81,3 +81,12 @@ def pack(content: dict[str, Any]) -> bytes:
 def unpack(data: bytes, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The inverse of :func:`pack`. Loads plain data and tensors only, never code."""
     return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+
+
+def readable(data: bytes) -> bool:
+    """Whether a checkpoint survived whole: a disk may lose part of a file that was written well."""
+    try:
+        unpack(data)
+    except Exception:
+        return False
+    return True

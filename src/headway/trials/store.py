@@ -58,11 +58,15 @@ class Store:
 
     Raises:
         StoreError: the file is something else, or of a later format.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(f"{self.path} cannot be written ({error.strerror}); give another path") from None
         self.folder = self.path.with_name(self.path.name + "-checkpoints")
         self._connection: sqlite3.Connection | None = None
         try:
@@ -72,6 +76,8 @@ class Store:
                 db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
                 found = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()[0]
         except sqlite3.DatabaseError as error:
+            if "unable to open" in str(error) or "readonly" in str(error):
+                raise PermissionError(f"{self.path} cannot be written ({error}); give another path") from None
             if isinstance(error, sqlite3.OperationalError):
                 raise
             raise StoreError(f"{self.path} is no headway result store ({error}); give another path") from None
@@ -92,6 +98,11 @@ class Store:
         if self._connection is None:
             db = sqlite3.connect(self.path, timeout=60.0, isolation_level=None, check_same_thread=False)
             db.row_factory = sqlite3.Row
+            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "meta" not in tables:
+                db.close()
+                held = ", ".join(sorted(tables)[:3])
+                raise StoreError(f"{self.path} is another program's database (it holds {held}); give another path")
             _write_ahead(db)
             # A checkpoint's row must not be lost after the file it replaces is gone, also when the machine stops.
             db.execute("PRAGMA synchronous = FULL")
@@ -186,10 +197,12 @@ class Store:
                 raise LostClaim(f"run {run} of {self.path} was taken over by another process")
             yield db
 
-    def begin(self, run: int, owner: str) -> dict[str, Any]:
-        """Where to go on: ``step`` and ``content`` of the last checkpoint (0 and None at the very start), and the names of the
-        ``probes`` and ``facts`` that are stored. Points after that step are dropped: they are computed again."""
+    def begin(self, run: int, owner: str, anew: bool = False) -> dict[str, Any]:
+        """Where to go on: ``step`` and ``content`` of the last checkpoint (0 and None at the very start, or ``anew``), and the names
+        of the ``probes`` and ``facts`` that are stored. Points after that step are dropped: they are computed again."""
         with self._owned(run, owner) as db:
+            if anew:
+                db.execute("DELETE FROM checkpoints WHERE run = ?", (run,))
             row = db.execute("SELECT step, file FROM checkpoints WHERE run = ?", (run,)).fetchone()
             content = None
             if row and (self.folder / row["file"]).is_file():
