@@ -33,6 +33,10 @@ def layer_norm_dims(
         x: any shape.
         dims: the axes to normalise over, negative ones counted from the end, e.g. ``(1,)`` for the channels of (N, C, H, W).
         weight, bias: shaped as those axes of ``x``, in the order in which they are named.
+        eps: added to the variance, inside the root.
+
+    Returns:
+        A tensor of the shape and type of ``x``.
 
     Raises:
         ValueError: an axis is missing or named twice, or a parameter does not have the shape of the axes.

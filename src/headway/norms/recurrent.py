@@ -258,6 +258,13 @@ class LayerNormLSTM(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in ``nn.LSTM``.
         eps, cell_norm, gate_norm, forget_bias, gain: as in :class:`LayerNormLSTMCell`.
+
+    Shapes:
+        input: (T, B, input_size), (B, T, input_size) with ``batch_first``, (T, input_size), or a ``PackedSequence``;
+        output: the same with directions * hidden_size; h and c: (num_layers * directions, B, hidden_size).
+
+    Raises:
+        ValueError: a setting out of its range; an input, state or length that does not fit.
     """
 
     kind = LSTM
@@ -266,8 +273,11 @@ class LayerNormLSTM(_Layer):
 
 
 class LayerNormGRU(_Layer):
-    """A layer-normalised GRU, called as ``nn.GRU``. Arguments as :class:`LayerNormLSTM`, of which cell_norm and forget_bias
-    have no meaning here; ``gate_norm="none"`` is ``nn.GRU`` itself, with a second bias ``bias_hh_l0``."""
+    """A layer-normalised GRU, called as ``nn.GRU``: ``output, h = layer(x, h0, lengths=...)``.
+
+    Arguments, shapes and errors as :class:`LayerNormLSTM`, of which cell_norm and forget_bias have no meaning here;
+    ``gate_norm="none"`` is ``nn.GRU`` itself, with a second bias ``bias_hh_l0``.
+    """
 
     kind = GRU
     replaces = nn.GRU
@@ -275,8 +285,11 @@ class LayerNormGRU(_Layer):
 
 
 class LayerNormRNN(_Layer):
-    """A layer-normalised plain recurrent network, called as ``nn.RNN`` with ``nonlinearity`` "tanh" or "relu". One norm of the
-    sum of both products a layer, ``ln_hh_l0.weight``."""
+    """A layer-normalised plain recurrent network, called as ``nn.RNN``: ``output, h = layer(x, h0, lengths=...)``.
+
+    There is one norm a layer, of the sum of both products: ``ln_hh_l0.weight``. Arguments, shapes and errors as
+    :class:`LayerNormLSTM`; ``nonlinearity`` is "tanh" or "relu", and what concerns gates has no meaning here.
+    """
 
     kind = RNN
     replaces = nn.RNN

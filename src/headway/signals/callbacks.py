@@ -13,8 +13,8 @@ HEADLINES = ("explosion", "gradient_ratio")
 def trainer_callback(every: int = 50, **settings: Any) -> Any:
     """A ``transformers.TrainerCallback`` that watches the model; ``callback.monitor`` holds the records.
 
-    Whenever the trainer logs, the newest growth and gradient ratio are added to its log as ``signal/...``.
-    Raises ImportError where transformers is not installed.
+    ``every`` and the other settings are those of :class:`headway.signals.watch.Monitor`. Whenever the trainer logs, the
+    newest growth and gradient ratio are added to its log as ``signal/...``. Raises ImportError where transformers is not installed.
     """
     from transformers import TrainerCallback
 
@@ -45,7 +45,8 @@ def trainer_callback(every: int = 50, **settings: Any) -> Any:
 def lightning_callback(every: int = 50, **settings: Any) -> Any:
     """A Lightning ``Callback`` that watches the module it trains; ``callback.monitor`` holds the records.
 
-    Raises ImportError where neither ``lightning`` nor ``pytorch_lightning`` is installed.
+    ``every`` and the other settings are those of :class:`headway.signals.watch.Monitor`. Raises ImportError where neither
+    ``lightning`` nor ``pytorch_lightning`` is installed.
     """
     try:
         base = importlib.import_module("lightning.pytorch").Callback

@@ -67,7 +67,11 @@ class Normalizer:
         return layer
 
     def norm(self, channels: int) -> nn.Module:
-        """The layer between convolution and activation; Identity where there is none."""
+        """The layer between convolution and activation; Identity where there is none.
+
+        Raises:
+            ValueError: the channels do not divide into the groups asked for.
+        """
         kind, _, size = self.name.partition(":")
         if kind == "batch":
             return nn.BatchNorm2d(channels)
@@ -115,7 +119,7 @@ def plain_net(
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(act(norm(conv(x)))))."""
+    """``x + norm(conv(act(norm(conv(x)))))``; (B, width, H, W) -> (B, width, H, W)."""
 
     def __init__(self, normalizer: Normalizer, width: int) -> None:
         super().__init__()
@@ -146,7 +150,17 @@ def residual_net(
 
 @dataclass(frozen=True)
 class NormalizerRow:
-    """One normaliser, means over the seeds: likeness of the last layer, gradient norm first / last, variance last / first."""
+    """One normaliser, means over the seeds.
+
+    Attributes:
+        normalizer: its name.
+        cos, cos_spread: mean cosine between samples at the last layer, and its standard deviation over the seeds.
+        stable_rank: of the samples at the last layer.
+        gradient_ratio: gradient norm of the first layer / of the last.
+        explosion: variance of the last layer / of the first.
+        variance: of the last layer.
+        seeds: how many initialisations.
+    """
 
     normalizer: str
     cos: float
@@ -199,6 +213,9 @@ def compare_normalizers(
         seeds: how many initialisations.
         loss: ``loss(output, targets)``.
         **settings: passed on to ``probe``.
+
+    Returns:
+        A table with one row a normaliser; ``print`` shows it, ``flows`` holds every probe.
 
     Raises:
         ValueError: an unknown normaliser, no normaliser, or fewer than one seed.

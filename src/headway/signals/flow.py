@@ -53,7 +53,8 @@ class Flow:
         loss: the loss of the probed pass (NaN without one).
         objective: where the gradient comes from, in words.
         saved_bytes: all that autograd kept for backward, parameters not counted.
-        model: class of the model; notes: what a reader should know about the numbers.
+        model: class of the model.
+        notes: what a reader should know about the numbers.
     """
 
     rows: list[Row]
@@ -67,6 +68,7 @@ class Flow:
 
     @property
     def verdict(self) -> list[Finding]:
+        """The findings."""
         return self.findings
 
     def __getitem__(self, name: str) -> Row:
@@ -151,7 +153,12 @@ class Flow:
 
 @dataclass(frozen=True)
 class FlowComparison:
-    """Two flows side by side: ``rows`` is a list of (name, {column: (here, there)}) for the names both have."""
+    """Two flows side by side, row by row of the same name.
+
+    Attributes:
+        here, there: the two flows.
+        columns: the columns compared.
+    """
 
     here: Flow
     there: Flow
@@ -159,6 +166,7 @@ class FlowComparison:
 
     @property
     def rows(self) -> list[tuple[str, dict[str, tuple[float, float]]]]:
+        """(name, {column: (here, there)}) of the names both have."""
         others = {row.name: row for row in self.there.rows}
         return [
             (row.name, {c: (getattr(row, c), getattr(others[row.name], c)) for c in self.columns})
@@ -168,11 +176,13 @@ class FlowComparison:
 
     @property
     def only_here(self) -> list[str]:
+        """Names that the other flow does not have."""
         names = {row.name for row in self.there.rows}
         return [row.name for row in self.here.rows if row.name not in names]
 
     @property
     def only_there(self) -> list[str]:
+        """Names that only the other flow has."""
         names = {row.name for row in self.here.rows}
         return [row.name for row in self.there.rows if row.name not in names]
 

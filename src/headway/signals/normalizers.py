@@ -1,7 +1,7 @@
 """The normalisers of the study, to be held against one another by :func:`headway.signals.comparison.compare_normalizers`.
 
-All act on (B, C, H, W). "Beyond BatchNorm: Towards a Unified Understanding of Normalization in Deep Learning", 2021,
-arXiv 2106.05956; each class names its own paper.
+All take (B, C, H, W) and, but for the convolutions, keep the shape. "Beyond BatchNorm: Towards a Unified Understanding of
+Normalization in Deep Learning", 2021, arXiv 2106.05956; each class names its own paper.
 """
 
 from __future__ import annotations

@@ -84,6 +84,9 @@ def probe(
         collapse_at: mean cosine above which samples count as collapsed.
         **keywords: passed on to the model.
 
+    Returns:
+        A :class:`headway.signals.flow.Flow` with the rows, the law of growth and the findings; print it, or save it as a page.
+
     Raises:
         ValueError: an empty batch, a ``layers`` filter without a match, a loss that is no scalar or carries no gradient.
         TypeError: the model is no module, or compiled or scripted.

@@ -44,6 +44,7 @@ class SavedBytes:
             hooks.__exit__(None, None, None)
 
     def enter(self, module: nn.Module) -> None:
+        """A call of this module begins."""
         self._open.append(_Open(module))
 
     def leave(self, module: nn.Module) -> int:

@@ -38,7 +38,15 @@ def mean_cosine(x: Tensor, centered: bool = False) -> Tensor:
 
 
 def stable_rank(x: Tensor, centered: bool = False) -> Tensor:
-    """trace(M) / lambda_max(M) of the cosine matrix M of the samples of ``x`` (B, ...): between 1 and B; float64 scalar."""
+    """Stable rank trace(M) / lambda_max(M) of the cosine matrix M of the samples of ``x`` (B, ...).
+
+    Args:
+        x: samples along axis 0; the other axes are flattened.
+        centered: subtract the mean sample first.
+
+    Returns:
+        A float64 scalar, 1 where all samples have one direction and B where they are orthogonal; NaN for fewer than two samples.
+    """
     return rank_of(gram(x, max_samples=None, max_features=None, centered=centered))
 
 

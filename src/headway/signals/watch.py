@@ -167,7 +167,7 @@ class Monitor:
         return records[-1][1]
 
     def history(self, name: str, column: str = "rms") -> list[tuple[int, float]]:
-        """(step, value) of one column of one row over the watched steps."""
+        """(step, value) of one column of one row over the watched steps; KeyError for a row of no such name."""
         return [(step, getattr(flow[name], column)) for step, flow in self.records]
 
     def table(self) -> str:
