@@ -43,7 +43,7 @@ bench: install
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "The documentation: $(CURDIR)/site/index.html"
+	@echo "The documentation: $(CURDIR)/site/index.html (its search needs a server: python3 -m http.server -d site)"
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info src/headway/kernels/native
