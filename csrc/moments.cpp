@@ -1,13 +1,8 @@
 // CPU body of headway::moments: every statistic of a tensor (N, C, S) from one reading of it.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -22,11 +17,12 @@ template class std::vector<double>;
 
 #define HEADWAY_BODY "moments_body.h"
 #include "isa.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "tensors.h"
 
 namespace {
+using headway::ScalarType;
+using headway::Tensor;
+
 constexpr int64_t kShare = 32768;  // entries below which a task is not worth starting
 constexpr int64_t kTasks = 16;     // fixed, so that the sums do not depend on the number of threads
 
@@ -137,19 +133,13 @@ void run(const T* x, int64_t N, int64_t C, int64_t S, double* scalars, double* c
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& given) {
-  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const Tensor x = headway::packed(given);
   const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
   Tensor scalars = torch::stable::new_zeros(x, {8}, ScalarType::Double);
   Tensor channels = torch::stable::new_zeros(x, {3, C}, ScalarType::Double);
   if (x.numel() == 0) return {scalars, channels};
   double *a = static_cast<double*>(scalars.data_ptr()), *b = static_cast<double*>(channels.data_ptr());
-  switch (x.scalar_type()) {
-    case ScalarType::Float: run(static_cast<const float*>(x.data_ptr()), N, C, S, a, b); break;
-    case ScalarType::Double: run(static_cast<const double*>(x.data_ptr()), N, C, S, a, b); break;
-    case ScalarType::BFloat16: run(static_cast<const headway::BFloat16*>(x.data_ptr()), N, C, S, a, b); break;
-    case ScalarType::Half: run(static_cast<const headway::Half*>(x.data_ptr()), N, C, S, a, b); break;
-    default: throw std::runtime_error("moments takes float32, float64, bfloat16 or float16");
-  }
+  headway::dispatch(x, [&](auto zero) { run(headway::data<const decltype(zero)>(x), N, C, S, a, b); });
   return {scalars, channels};
 }
 }  // namespace

@@ -1,45 +1,16 @@
 // Sums of shifted, scaled powers: d = (x - shift) * scale; s1..s4 = sum d, d^2, d^3, d^4. Short runs are summed in the
 // arithmetic type (several lanes each), runs are added in double, so that length costs no digits.
 
-static inline const float* widen(const float* from, float*, int64_t) { return from; }
-static inline const double* widen(const double* from, double*, int64_t) { return from; }
-static inline const float* widen(const headway::BFloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t u = static_cast<uint32_t>(from[i].bits) << 16;
-    std::memcpy(to + i, &u, 4);
-  }
-  return to;
-}
-static inline const float* widen(const headway::Half* from, float* to, int64_t n) {
-  int64_t i = 0;
-#if HEADWAY_LEVEL >= 1
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
-  for (; i < n; i++) {
-    uint32_t h = from[i].bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu, u;
-    if (exponent == 31) {
-      u = sign | 0x7f800000u | (mantissa << 13);
-    } else if (exponent) {
-      u = sign | ((exponent + 112) << 23) | (mantissa << 13);
-    } else {
-      float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-      std::memcpy(&u, &small, 4);
-      u |= sign;
-    }
-    std::memcpy(to + i, &u, 4);
-  }
-  return to;
-}
+#include "rows.h"
 
 static inline float magnitude(float x) { return __builtin_fabsf(x); }
 static inline double magnitude(double x) { return __builtin_fabs(x); }
 
 // one channel, n entries side by side; adds to sums[4], bad (nonfinite entries), zeros, largest
 template <bool masked, class T>
-static void run_of_one_channel(const T* p, int64_t n, headway::arithmetic_t<T> shift, headway::arithmetic_t<T> scale,
+static void run_of_one_channel(const T* p, int64_t n, arithmetic_t<T> shift, arithmetic_t<T> scale,
                                double* sums, double& bad, double& zeros, double& largest) {
-  using A = headway::arithmetic_t<T>;
+  using A = arithmetic_t<T>;
   const A top = std::numeric_limits<A>::max();
   constexpr int64_t run = 1024;
   A buffer[run];
@@ -73,9 +44,9 @@ static void run_of_one_channel(const T* p, int64_t n, headway::arithmetic_t<T> s
 // w <= W channels from c on, held side by side in vectors of W so that all sums stay in registers
 template <bool masked, int W, class T>
 static inline void tile_of_channels(const T* p, int64_t rows, int64_t C, int64_t c, int64_t w,
-                                    const headway::arithmetic_t<T>* shift, headway::arithmetic_t<T> scale, double* sums,
+                                    const arithmetic_t<T>* shift, arithmetic_t<T> scale, double* sums,
                                     double* bad, double& zeros, double& largest) {
-  using A = headway::arithmetic_t<T>;
+  using A = arithmetic_t<T>;
   typedef A V __attribute__((vector_size(W * sizeof(A))));
   A buffer[W] = {}, centre_[W] = {};
   for (int64_t j = 0; j < w; j++) centre_[j] = shift[c + j];
@@ -116,9 +87,9 @@ static inline void tile_of_channels(const T* p, int64_t rows, int64_t C, int64_t
 
 // rows of all channels (channels side by side); sums is 4 arrays of C, bad one array of C
 template <bool masked, class T>
-static void rows_of_all_channels(const T* p, int64_t rows, int64_t C, const headway::arithmetic_t<T>* shift,
-                                 headway::arithmetic_t<T> scale, double* sums, double* bad, double& zeros, double& largest) {
-  constexpr int width = (HEADWAY_LEVEL == 2 ? 64 : HEADWAY_LEVEL == 1 ? 32 : 16) / sizeof(headway::arithmetic_t<T>);
+static void rows_of_all_channels(const T* p, int64_t rows, int64_t C, const arithmetic_t<T>* shift,
+                                 arithmetic_t<T> scale, double* sums, double* bad, double& zeros, double& largest) {
+  constexpr int width = (HEADWAY_LEVEL == 2 ? 64 : HEADWAY_LEVEL == 1 ? 32 : 16) / sizeof(arithmetic_t<T>);
   constexpr int64_t block = 256;
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t m = rows - first < block ? rows - first : block;
@@ -134,8 +105,8 @@ static void rows_of_all_channels(const T* p, int64_t rows, int64_t C, const head
 
 // one task's share: rows [begin, end) of the (N, C, S) tensor
 template <bool masked, class T>
-static void share(const T* x, int64_t begin, int64_t end, int64_t C, int64_t S, const headway::arithmetic_t<T>* shift,
-                  headway::arithmetic_t<T> scale, double* sums, double* bad, double* zeros_largest) {
+static void share(const T* x, int64_t begin, int64_t end, int64_t C, int64_t S, const arithmetic_t<T>* shift,
+                  arithmetic_t<T> scale, double* sums, double* bad, double* zeros_largest) {
   if (S == 1) {
     rows_of_all_channels<masked>(x + begin * C, end - begin, C, shift, scale, sums, bad, zeros_largest[0], zeros_largest[1]);
     return;

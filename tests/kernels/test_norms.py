@@ -14,11 +14,28 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from headway.kernels import norms
-from headway.kernels.norms import add_norm, add_rms_norm, channel_norm, crms_norm, layer_norm, norm_add_norm, rms_norm
+from headway.kernels.norms import (
+    add_norm,
+    add_rms_norm,
+    channel_norm,
+    crms_norm,
+    functions,
+    layer_norm,
+    norm_add_norm,
+    rms_norm,
+)
+from headway.kernels.norms import operators as ops
+from headway.kernels.norms.gradients import channel_norm_backward, norm_add_norm_backward, norm_backward
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch):
+    """Everything here goes through our own kernels, also what would be small enough for PyTorch's operator."""
+    monkeypatch.setattr(functions, "SMALL", 0)
+    monkeypatch.setattr(functions, "SMALL_GRAPH", 0)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -256,21 +273,29 @@ def test_gradients_and_second_derivatives_are_those_of_finite_differences():
         assert gradgradcheck(function, inputs)
 
 
-def test_every_operator_passes_opcheck():
-    ops = torch.ops.headway
-    x, r, w, b = (numbers(4, 6, dtype=torch.float32, seed=s).requires_grad_() for s in range(4))
-    w, b = w[0].detach().requires_grad_(), b[0].detach().requires_grad_()
-    opcheck(ops.norm.default, (x, w, b, 6, 1e-5, False, 0.0, True))
-    opcheck(ops.norm.default, (x, None, None, 6, 1e-5, True, 0.0, True))
-    opcheck(ops.add_norm.default, (x, r, w, b, 6, 1e-5, False, 0.0, True))
-    c = numbers(2, 6, 5, dtype=torch.float32).requires_grad_()
-    opcheck(ops.channel_norm.default, (c, w, b, 1e-5, False, True))
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_every_operator_passes_opcheck(rms):
+    x, r, f = (numbers(4, 6, dtype=torch.float32, seed=s).requires_grad_() for s in range(3))
+    w, b = (numbers(6, dtype=torch.float32, seed=s).requires_grad_() for s in (3, 4))
     plain = [t.detach() for t in (x, r, w, b)]
-    opcheck(ops.norm_out.default, (plain[0], plain[2], plain[3], 6, 1e-5, False, 0.0, torch.empty(4, 6)))
     stats = torch.rand(4, 2)
-    opcheck(ops.norm_backward.default, (plain[0], plain[1], stats, plain[2], 6, False, 0.0, True, True))
-    opcheck(ops.add_norm_backward.default, (plain[0], plain[1], plain[0], stats, plain[2], 6, True, 0.0, True, False))
-    opcheck(ops.channel_norm_backward.default, (c.detach(), c.detach(), torch.rand(10, 2), plain[2], False, True, True))
+    if rms:
+        opcheck(ops.rms_norm, (x, w, b, 6, 1e-5, 1.0, True))
+        opcheck(ops.rms_norm_out, (plain[0], plain[2], None, 6, 1e-5, 0.0, torch.empty(4, 6)))
+        opcheck(ops.crms_norm, (x, 1e-5, True))
+        opcheck(norm_backward, (plain[0], None, plain[1], stats, None, 6, 2, 0.0, False, False))
+    else:
+        opcheck(ops.layer_norm, (x, w, b, 6, 1e-5, True))
+        opcheck(ops.layer_norm, (x, None, None, 6, 1e-5, True))
+        opcheck(ops.layer_norm_out, (plain[0], plain[2], plain[3], 6, 1e-5, torch.empty(4, 6)))
+    opcheck(ops.add_norm, (x, r, w, b, 6, 1e-5, rms, 0.0, True))
+    opcheck(ops.norm_add_norm, (f, x, w, b, w, None, 6, 1e-5, rms, 0.0, True))
+    opcheck(norm_backward, (plain[0], plain[1], plain[0], stats, plain[2], 6, int(rms), 0.0, True, False))
+    wanted = (True, False, True, True)
+    opcheck(norm_add_norm_backward, (*plain[:2], *plain[:2], torch.rand(4, 4), None, plain[2], 6, rms, 0.0, *wanted))
+    c = numbers(2, 6, 5, dtype=torch.float32).requires_grad_()
+    opcheck(ops.channel_norm, (c, w, b, 1e-5, rms, True))
+    opcheck(channel_norm_backward, (c.detach(), c.detach(), torch.rand(10, 2), plain[2], rms, True, True))
 
 
 def test_out_receives_the_result_and_refuses_gradients():
@@ -326,26 +351,30 @@ def test_compile_takes_the_norms_without_a_graph_break():
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_every_instruction_set_gives_the_same_numbers(tmp_path):
+def test_every_instruction_set_and_the_plain_version_give_the_same_numbers(tmp_path):
     code = (
-        "import torch, sys; from headway.kernels.norms import layer_norm, channel_norm, add_norm\n"
+        "import torch, sys; from headway.kernels.norms import *; from headway.kernels.norms import functions\n"
+        "functions.SMALL = functions.SMALL_GRAPH = 0\n"
         "g = torch.Generator().manual_seed(0); torch.set_num_threads(1); found = []\n"
         "for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
         "  x = torch.randn(9, 83, generator=g).to(d).requires_grad_(); w = torch.rand(83, generator=g).to(d).requires_grad_()\n"
-        "  y = layer_norm(x, 83, w); found += [y, *torch.autograd.grad(y.sum() * 2, (x, w))]\n"
-        "  found += [channel_norm(x), add_norm(x, x, w)[0]]\n"
+        "  for y in (layer_norm(x, 83, w), rms_norm(x, 83, w, w), crms_norm(x), channel_norm(x), *add_norm(x, x, w),\n"
+        "            *norm_add_norm(x, x, w, w, output_bias=w)):\n"
+        "    grads = torch.autograd.grad((y * y.detach()).sum(), (x, w), allow_unused=True, retain_graph=True)\n"
+        "    found += [y, *(t for t in grads if t is not None)]\n"
         "torch.save([t.detach() for t in found], sys.argv[1])"
     )
     results = []
-    for isa in ("base", "avx2", "avx512"):
-        env = {**os.environ, "HEADWAY_ISA": isa, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / isa)], env=env, check=True)
-        results.append(torch.load(tmp_path / isa))
+    settings = [{"HEADWAY_ISA": isa} for isa in ("base", "avx2", "avx512")] + [{"HEADWAY_KERNELS": "reference"}]
+    for i, setting in enumerate(settings):
+        env = {**os.environ, **setting, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], env=env, check=True)
+        results.append(torch.load(tmp_path / str(i)))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(
-                a, b, rtol=1e-5 if a.dtype in (torch.float32, torch.float64) else 2e-2, atol=2e-3
-            )
+            rough = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
+            scale = b.double().abs().max().clamp(min=1)
+            torch.testing.assert_close(a.double() / scale, b.double() / scale, rtol=rough, atol=rough)
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -485,12 +514,13 @@ def test_norm_add_norm_equals_its_unfused_composition_and_passes_gradcheck(rms):
 def test_channel_norm_equals_layer_norm_after_permutation(shape, dtype):
     x = torch.randn(shape).to(dtype)
     w, b = torch.randn(shape[1]).to(dtype), torch.randn(shape[1]).to(dtype)
-    ours, plain = leaves(x, w, b), leaves(x, w, b)
+    # the truth is float64: with three channels PyTorch's own bfloat16 gradients are off by more than what is asked here
+    ours, plain = leaves(x, w, b), leaves(x.double(), w.double(), b.double())
     y = channel_norm(*ours)
     z = F.layer_norm(plain[0].movedim(1, -1), (shape[1],), plain[1], plain[2]).movedim(-1, 1)
     assert y.shape == x.shape and close(y, z, dtype, 4)
     g = torch.randn(shape).to(dtype)
-    truth = torch.autograd.grad(z, plain, g)
+    truth = torch.autograd.grad(z, plain, g.double())
     for a, c in zip(torch.autograd.grad(y, ours, g), truth, strict=True):
         assert close(a, c, dtype, 40)
 
@@ -509,16 +539,6 @@ def test_crms_norm_and_torch_agree_on_the_completed_vector():
     full = torch.cat([z, -z.sum(-1, keepdim=True)], -1)
     assert torch.allclose(crms_norm(z), rms_norm(full, 9)[:, :8], atol=1e-13)
     assert torch.autograd.gradcheck(crms_norm, leaves(z))
-
-
-@pytest.mark.parametrize("rms", [False, True])
-def test_operators_pass_opcheck(rms):
-    x, w, b = leaves(torch.randn(4, 12), torch.randn(12), torch.randn(12))
-    torch.library.opcheck(norms._norm_op, (x, w, b, 12, 1e-5, rms, 0.0, True))
-    torch.library.opcheck(norms._add_norm_op, (x, x.detach().clone().requires_grad_(), w, b, 12, 1e-5, rms, 0.0, True))
-    feature = torch.randn(2, 12, 5, requires_grad=True)
-    torch.library.opcheck(norms._channel_norm_op, (feature, w, b, 1e-5, rms, True))
-    torch.library.opcheck(norms._norm_out_op, (x.detach(), w.detach(), None, 12, 1e-5, rms, 0.0, torch.empty(4, 12)))
 
 
 @pytest.mark.slow
@@ -549,22 +569,87 @@ def test_wrong_shapes_get_one_sentence():
         channel_norm(torch.randn(3))
 
 
-@pytest.mark.parametrize(
-    "setting", [{"HEADWAY_ISA": "base"}, {"HEADWAY_ISA": "avx2"}, {"HEADWAY_KERNELS": "reference"}]
-)
-def test_every_instruction_set_and_the_plain_version_give_the_same(setting):
-    code = (
-        "import torch; torch.manual_seed(0); from headway.kernels.norms import *\n"
-        "for d in (torch.float32, torch.bfloat16, torch.float16):\n"
-        "  x, w = torch.randn(5, 83).to(d).requires_grad_(), torch.randn(83).to(d).requires_grad_()\n"
-        "  y = layer_norm(x, 83, w); y.float().square().sum().backward()\n"
-        "  print(y.double().sum().item(), x.grad.double().abs().sum().item(), w.grad.double().abs().sum().item())\n"
-    )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **extra}, capture_output=True, text=True, check=True
-        )
-        for extra in ({}, setting)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 5, 64, 130])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_norm_add_norm_is_norm_then_add_then_norm_with_every_gradient(dtype, n, rms):
+    tensors = [numbers(5, n, dtype=dtype, seed=s) for s in range(2)] + [
+        numbers(n, dtype=dtype, seed=s) for s in range(2, 6)
     ]
-    native, other = (torch.tensor([float(v) for v in run.stdout.split()]) for run in runs)
-    assert torch.allclose(native, other, rtol=2e-2, atol=1e-2)
+    ours, truth = leaves(*tensors), leaves(*(t.double() for t in tensors))
+    f, x, ow, ob, iw, ib = ours
+    x_new, u = norm_add_norm(f, x, ow, iw, 1e-2, output_bias=ob, input_bias=ib, rms=rms)
+    wanted_x = truth[1] + plain_norm(truth[0], truth[2], truth[3], 1e-2, rms)
+    # the second norm starts from the sum as it is kept
+    rounded = wanted_x + (x_new.detach().double() - wanted_x.detach())
+    wanted_u = plain_norm(rounded, truth[4], truth[5], 1e-2, rms)
+    agree(x_new, wanted_x, dtype)
+    agree(u, wanted_u, dtype)
+    g = [numbers(5, n, dtype=dtype, seed=s) for s in (6, 7)]
+    mine = torch.autograd.grad([x_new, u], ours, g)
+    for a, b in zip(mine, torch.autograd.grad([wanted_x, wanted_u], truth, [t.double() for t in g]), strict=True):
+        scale = max(1.0, b.abs().max().item())
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double() / scale, b / scale, rtol=4 * CLOSE[dtype], atol=4 * CLOSE[dtype])
+
+
+def test_norm_add_norm_adds_before_it_rounds():
+    f, x = numbers(64, 48, dtype=torch.bfloat16), numbers(64, 48, dtype=torch.bfloat16, seed=1)
+    exact = x.double() + plain_norm(f, rms=True)
+    fused = norm_add_norm(f, x)[0]
+    apart = x + rms_norm(f, 48)
+    assert (fused - exact).abs().mean() < (apart - exact).abs().mean()
+
+
+def test_norm_add_norm_needs_only_one_of_its_two_gradients():
+    f, x, w = leaves(numbers(4, 32), numbers(4, 32, seed=1), numbers(32))
+    x_new, u = norm_add_norm(f, x, w, w)
+    (only,) = torch.autograd.grad(x_new.sum(), x, retain_graph=True)
+    assert torch.equal(only, torch.ones_like(x))
+    (ours,) = torch.autograd.grad(u.square().sum(), f)
+    plain = f.detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(
+        plain_norm(x.detach() + plain_norm(plain, w, rms=True), w, rms=True).square().sum(), plain
+    )
+    torch.testing.assert_close(ours, wanted)
+
+
+def test_the_backward_of_crms_norm_is_the_equation_of_the_paper():
+    z, g = numbers(5, 9).requires_grad_(), numbers(5, 9, seed=1)
+    r = 1 / torch.sqrt((z.square().sum(1, keepdim=True) + z.sum(1, keepdim=True) ** 2) / 10 + 1e-5)
+    wanted = r * g - r**3 / 10 * (g * z).sum(1, keepdim=True) * (z + z.sum(1, keepdim=True))
+    torch.testing.assert_close(torch.autograd.grad(crms_norm(z), z, g)[0], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_of_another_type_than_the_input():
+    x = numbers(6, 40, dtype=torch.float32)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        w, b = leaves(numbers(40, dtype=dtype, seed=1), numbers(40, dtype=dtype, seed=2))
+        y = layer_norm(x, 40, w, b)
+        agree(y, plain_norm(x, w, b), torch.float32)
+        gw, gb = torch.autograd.grad(y.sum(), (w, b))
+        assert gw.dtype == gb.dtype == dtype
+
+
+@pytest.mark.parametrize("size", [(4, 8, 64), (40, 100), (300, 64), (700, 64)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_small_layer_norms_take_pytorchs_operator_and_large_ones_ours(monkeypatch, size, recorded):
+    monkeypatch.undo()
+    x = numbers(*size, dtype=torch.float32).requires_grad_(recorded)
+    w, r = torch.ones(size[-1]), numbers(*size, dtype=torch.float32, seed=1)
+    small = x.numel() < (functions.SMALL_GRAPH if recorded else functions.SMALL)
+    for y in (layer_norm(x, size[-1], w), add_norm(x, r, w)[0]):
+        if recorded:
+            assert (y.grad_fn.name() == "NativeLayerNormBackward0") == small  # type: ignore[union-attr]
+    torch.testing.assert_close(layer_norm(x, size[-1], w), F.layer_norm(x, size[-1:], w), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(add_norm(x, r, w)[0], F.layer_norm(x + r, size[-1:], w), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_of_types_that_pytorch_refuses_still_works_when_small(monkeypatch):
+    monkeypatch.undo()
+    x, w = numbers(3, 8, dtype=torch.float16), numbers(8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        torch.layer_norm(x, (8,), w)
+    agree(layer_norm(x, 8, w), plain_norm(x, w), torch.float16)
+    with pytest.raises(ValueError, match="must end in the normalised shape"):
+        layer_norm(x, 7)

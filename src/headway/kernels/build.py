@@ -1,4 +1,4 @@
-"""Compiles csrc/*.cpp against the installed PyTorch: one shared library an operation, about two seconds each.
+"""Compiles csrc/*.cpp against the installed PyTorch: one shared library a file, some seconds each, side by side.
 
 Run as ``python -m headway.kernels.build [operation ...]``. The sources use only LibTorch's stable ABI, so a library built
 once serves later PyTorch versions too. Instruction sets are chosen at run time (see csrc/isa.h), never by a flag here.
