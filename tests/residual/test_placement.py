@@ -403,3 +403,37 @@ def test_rewired_layers_compile_without_a_break(name):
     more = {"position_embeddings": model.model.rotary_emb(x, torch.arange(5)[None])} if name == "llama" else {}
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x, **more), layer(x, **more), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["headway", "torch pre", "gpt2", "llama", "bert", "vit"])
+def test_deepnorm_starts_values_outputs_and_the_mlp_smaller_if_asked(name):
+    model = build(name)
+    before = run(name, model)
+    hw.apply(model, Placement("deepnorm", deepnorm_start=True))
+    gain = (8 * 4) ** -0.25
+    for part in (part for block in describe(model).blocks for part in block.sublayers):
+        weight = model.get_submodule(part.writer).weight
+        xavier = (2 / sum(weight.shape)) ** 0.5
+        assert abs(weight.std().item() / (gain * xavier) - 1) < 0.15
+        for reader in part.readers:
+            module = model.get_submodule(reader)
+            weight = getattr(module, "in_proj_weight", None) if hasattr(module, "in_proj_weight") else module.weight
+            if part.kind == "mlp" or reader.endswith(("v_proj", "value")):
+                pieces = [(weight, gain)]
+            elif weight.shape in ((96, 32), (32, 96)):
+                wide = 0 if weight.shape[0] == 96 else 1
+                pieces = list(zip(weight.chunk(3, wide), (1, 1, gain), strict=True))
+            else:
+                pieces = [(weight, 1)]
+            for piece, wanted in pieces:
+                assert abs(piece.std().item() / (wanted * (2 / sum(piece.shape)) ** 0.5) - 1) < 0.15
+    assert run(name, model).isfinite().all()
+    hw.undo(model)
+    assert torch.equal(run(name, model), before)
+
+
+def test_the_start_of_deepnorm_is_refused_where_it_does_not_belong_or_is_not_known():
+    with pytest.raises(ValueError, match="belongs to the scheme 'deepnorm'"):
+        Placement("post", deepnorm_start=True)
+    with pytest.raises(ValueError, match="order that DeepNorm's start does not know"):
+        hw.apply(build("gpt_neox"), Placement("deepnorm", deepnorm_start=True))

@@ -16,6 +16,7 @@ from torch import nn
 
 from headway.anatomy import Block, Stack, UnknownFamily, describe
 from headway.checkpoints import record
+from headway.residual.deepnorm import starting_weights
 from headway.residual.placement_record import RecordPlacement
 from headway.residual.placements import SCHEMES, placements
 from headway.residual.rewiring import KINDS, can_rewire, places_itself, rewire
@@ -41,6 +42,7 @@ class Placement(Technique):
         norm: "layernorm" or "rmsnorm" for the output norms; the kind the layer already uses by default.
         eps: of the output norms; that of the layer's norms by default.
         copy_gains: keep the gains the input norms have; False starts them afresh.
+        deepnorm_start: under "deepnorm", start the weights as DeepNet does, see :mod:`headway.residual.deepnorm`.
 
     Raises:
         ValueError: unknown scheme or settings out of range.
@@ -58,12 +60,15 @@ class Placement(Technique):
     norm: str | None = None
     eps: float | None = None
     copy_gains: bool = True
+    deepnorm_start: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme not in (*SCHEMES, "mix"):
             raise ValueError(f"unknown placement {self.scheme!r}; choose one of {', '.join((*SCHEMES, 'mix'))}")
         if self.norm not in (None, "layernorm", "rmsnorm"):
             raise ValueError(f"norm must be 'layernorm' or 'rmsnorm'; {self.norm!r} was given")
+        if self.deepnorm_start and self.scheme != "deepnorm":
+            raise ValueError(f"deepnorm_start belongs to the scheme 'deepnorm'; scheme={self.scheme!r} was given")
 
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
         allowed = {site.name for site in sites}
@@ -81,6 +86,8 @@ class Placement(Technique):
             # headway's own layers keep the record themselves
             if any(moves) and stack.blocks[0].name and not places_itself(model.get_submodule(stack.blocks[0].name)):
                 found.append(RecordPlacement(owner, chosen, stack.name))
+            if any(moves) and self.deepnorm_start:
+                found += starting_weights(model, stack)
         if not found:
             return []
         self._warn(model, stacks)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.anatomy import describe
 from headway.norms.layer import LayerNorm
 from headway.norms.rms import RMSNorm
+from headway.residual.deepnorm import starting_weights
 from headway.residual.placement_record import PlacementMismatchWarning
 from headway.residual.placements import SCHEMES, resolve
 from headway.residual.seams import Branch, run
@@ -218,7 +220,8 @@ class TransformerDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=embedding_std)
         nn.init.normal_(self.position.weight, std=0.1 * embedding_std)
         if "deepnorm" in placed:
-            self._start_deepnorm(depth)
+            for edit in starting_weights(self, describe(self).stacks[0]):
+                edit.do()
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -226,15 +229,6 @@ class TransformerDecoder(nn.Module):
     def placement(self) -> list[str]:
         """Where the norms of every block sit."""
         return [block.placement for block in self.blocks if isinstance(block, TransformerBlock)]
-
-    def _start_deepnorm(self, depth: int) -> None:
-        """DeepNet's start: values, attention output and MLP Xavier-normal with gain (8 L)^(-1/4)."""
-        gain = (8 * depth) ** -0.25
-        for block in self.blocks:
-            assert isinstance(block, TransformerBlock)
-            for linear in (block.attention.out, block.mlp.up, block.mlp.down):
-                nn.init.xavier_normal_(linear.weight, gain)
-            nn.init.xavier_normal_(block.attention.qkv.weight[2 * block.attention.out.in_features :], gain)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
