@@ -1,5 +1,6 @@
 import pytest
 import torch
+from model_families import IDS, build
 from torch import nn
 
 from headway.anatomy import UnknownFamily
@@ -35,3 +36,12 @@ def test_known_layers_are_measured_and_unknown_models_named():
     assert len(report.names) == 3 and report.predicted is None
     with pytest.raises(UnknownFamily):
         depth_report(nn.Linear(3, 3), torch.randn(2, 3))
+
+
+def test_one_stream_of_several_is_measured_at_a_time():
+    model, ids = build("t5"), {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+    reports = [depth_report(model, ids, stack) for stack in (0, 1)]
+    assert [len(report.variance) for report in reports] == [5, 3]
+    assert reports[1].names == ("decoder.block.0", "decoder.block.1")
+    with pytest.raises(ValueError, match="0 to 1"):
+        depth_report(model, ids, 2)

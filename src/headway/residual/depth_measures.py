@@ -23,7 +23,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [layer for stack in _stacks(model) for layer in stack]
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model`` called with a batch: one input, a tuple of them, or a dict of keywords."""
     return model(**batch) if isinstance(batch, dict) else model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
@@ -41,7 +42,7 @@ def angular_distance(model: nn.Module, batch: Any, n: int = 1) -> Tensor:
 
     Args:
         model: a model of a known family, in the mode it is to be measured in.
-        batch: what the model is called with: one input, a tuple of them, or a dict of keywords.
+        batch: what the model is called with, see :func:`call`.
         n: how many layers lie between the two ends compared.
 
     Returns:
@@ -68,7 +69,7 @@ def angular_distance(model: nn.Module, batch: Any, n: int = 1) -> Tensor:
         handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
         handles += [layer.register_forward_hook(after) for layer in layers]
     try:
-        _call(model, batch)
+        call(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,6 +17,7 @@ from torch import nn
 
 from headway.anatomy import UnknownFamily, describe
 from headway.residual.depth import Residual
+from headway.residual.depth_measures import call
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,27 @@ class DepthReport:
     predicted: float | None
 
 
-def depth_report(model: nn.Module, x: Any) -> DepthReport:
+def depth_report(model: nn.Module, x: Any, stack: int = 0) -> DepthReport:
     """Runs ``model(x)`` once and measures the stream at every block (Residual modules, else the layers of a known family).
+
+    Args:
+        x: one input, a tuple of them, or a dict of keywords.
+        stack: which stream of a known model that has several (encoder and decoder, text and vision).
 
     Raises:
         UnknownFamily: the model holds neither.
+        ValueError: there is no such stack.
     """
     blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Residual)]
     lams = [float(module.branch_scale) for _, module in blocks]
     if not blocks:
         try:
-            blocks = [(block.name, model.get_submodule(block.name)) for block in describe(model).blocks]
+            stacks = describe(model).stacks
         except UnknownFamily as error:
             raise UnknownFamily(f"depth_report looks for Residual modules or known layers; {error}") from error
+        if not 0 <= stack < len(stacks):
+            raise ValueError(f"stack must lie in 0 to {len(stacks) - 1}, the streams of this model; {stack} was given")
+        blocks = [(block.name, model.get_submodule(block.name)) for block in stacks[stack].blocks]
     seen: list[float] = []
 
     def variance(value: Any) -> float:
@@ -67,7 +76,7 @@ def depth_report(model: nn.Module, x: Any) -> DepthReport:
     handles += [m.register_forward_hook(lambda _m, _a, out: seen.append(variance(out))) for _, m in blocks]
     try:
         with torch.no_grad():
-            model(x)
+            call(model, x)
     finally:
         for handle in handles:
             handle.remove()

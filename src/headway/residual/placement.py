@@ -33,7 +33,8 @@ class Placement(Technique):
     """Places the norms of every layer as ``scheme`` says.
 
     Works on stacks of ``nn.TransformerEncoderLayer``/``DecoderLayer``, headway's own transformer, and Hugging Face GPT-2,
-    Llama, Mistral, Qwen2, Qwen3, GPT-NeoX (sequential), ViT, BERT and RoBERTa. Parameter names stay; "peri" adds output norms.
+    Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OPT, GPT-NeoX (sequential), ViT, CLIP, BERT and RoBERTa. Several stacks are placed
+    each by its own depth. Parameter names stay; "peri" adds output norms, and the state says where norms sit.
 
     Args:
         scheme: "pre", "post", "peri", "output", "deepnorm", "layernorm_scaling" or "mix".
