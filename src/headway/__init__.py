@@ -40,6 +40,7 @@ _NAMES = {
     "PreRMSNorm": "headway.residual.pre_rms",
     "ScaleResiduals": "headway.residual.depth",
     "LayerNormRecurrent": "headway.norms.recurrent",
+    "FoldNorms": "headway.norms.fold",
     # rooms
     "norms": "headway.norms:",
     "residual": "headway.residual:",

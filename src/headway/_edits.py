@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 
@@ -134,6 +136,29 @@ class SetAttribute(Edit):
     def describe(self) -> tuple[str, str]:
         before = "not set" if self.before is _ABSENT else repr(self.before)
         return f"{self.attribute} = {before}", f"{self.attribute} = {self.value!r}"
+
+
+def nested_tensors_off(model: nn.Module) -> list[Edit]:
+    """torch's encoder packs padded batches into nested tensors, which only its own layer's forward understands."""
+    return [
+        SetAttribute(module, attribute, False, name=f"{name}.{attribute}" if name else attribute)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoder)
+        for attribute in ("enable_nested_tensor", "use_nested_tensor")
+        if getattr(module, attribute, False)
+    ]
+
+
+def fused_paths_off(model: nn.Module, norms: Iterable[nn.Module]) -> list[Edit]:
+    """Makes torch's encoder layers call the norms that take the place of ``norms``: in evaluation they compute everything in one
+    fused call, which takes whatever stands at ``norm1`` and ``norm2`` for layer norms."""
+    gone = {id(norm) for norm in norms}
+    found: list[Edit] = [
+        SetAttribute(module, "activation_relu_or_gelu", 0, name=f"{name}.activation_relu_or_gelu".lstrip("."))
+        for name, module in model.named_modules()
+        if getattr(module, "activation_relu_or_gelu", 0) and gone & {id(child) for child in module.children()}
+    ]
+    return [*found, *nested_tensors_off(model)] if found else []
 
 
 def _brief(module: nn.Module) -> str:

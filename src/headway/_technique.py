@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from headway._edits import Edit, Swap
+from headway._edits import Edit, Swap, fused_paths_off
 from headway._sites import Site, Where, allows
 
 
@@ -37,7 +37,7 @@ class Technique:
             new = self.change(site)
             if new is not None and new is not site.module:
                 inside_replaced.update(id(module) for module in site.module.modules())
-                found.append(Swap(model, site.name, site.module, _like(site, new)))
+                found.append(Swap(model, site.name, site.module, like(site, new)))
         return found
 
     def settings(self) -> dict[str, Any]:
@@ -64,14 +64,18 @@ class Replace(Technique):
     Args:
         layer: e.g. ``hw.norms.LayerNorm``.
         where: a glob on qualified names, several of them, or a predicate on :class:`Site`; everywhere by default.
+        exclude: the same for what is to stay as it is.
         **settings: passed on to ``from_module``.
     """
 
     layer: type[nn.Module]
     where: Where | None = None
+    exclude: Where = ()
     given: Mapping[str, Any] = field(default_factory=dict)
 
-    def __init__(self, layer: type[nn.Module], where: Where | None = None, **settings: Any) -> None:
+    def __init__(
+        self, layer: type[nn.Module], where: Where | None = None, exclude: Where = (), **settings: Any
+    ) -> None:
         if not hasattr(layer, "from_module"):
             raise TypeError(
                 f"{getattr(layer, '__name__', layer)!s} cannot stand in for another module: it has no from_module; "
@@ -85,6 +89,7 @@ class Replace(Technique):
             raise TypeError(f"{layer.__name__} has no setting {', '.join(unknown)}; it takes {', '.join(options)}")
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "where", where)
+        object.__setattr__(self, "exclude", exclude)
         object.__setattr__(self, "given", dict(settings))
 
     @property
@@ -92,9 +97,15 @@ class Replace(Technique):
         return getattr(self.layer, "looks_for", f"modules that {self.layer.__name__} can stand in for")
 
     def change(self, site: Site) -> nn.Module | None:
-        if isinstance(site.module, self.layer) or not allows(self.where, site):
+        if isinstance(site.module, self.layer) or not allows(self.where, site) or allows(self.exclude, site):
             return None
         return self.layer.from_module(site.module, site=site, **self.given)  # type: ignore[attr-defined]
+
+    def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
+        found = super().edits(model, sites)
+        # a layer that is still a layer norm computes what torch's fused call computes
+        other = [e.old for e in found if isinstance(e, Swap) and not isinstance(e.new, nn.LayerNorm)]
+        return [*found, *fused_paths_off(model, other)]
 
     def settings(self) -> dict[str, Any]:
         return dict(self.given)
@@ -104,7 +115,7 @@ class Replace(Technique):
         return f"{self.layer.__name__}({given})" if given else self.layer.__name__
 
 
-def _like(site: Site, new: nn.Module) -> nn.Module:
+def like(site: Site, new: nn.Module) -> nn.Module:
     """Gives a new module the training mode, device, parameter dtype and hooks of the one it replaces; device and dtype of the
     parameters around it where that one has none (an activation, say)."""
     old = site.module

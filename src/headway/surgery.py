@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from headway._edits import Edit, SetAttribute, SetParameter, Swap
+from headway._edits import Edit, SetAttribute, SetParameter, Swap, fused_paths_off, nested_tensors_off
 from headway._optimizers import owners_in, repoint
 from headway._record import Plan, Row, Step, remember, steps_of
 from headway._sites import Site, Where, refuse_wrapped, sites
-from headway._technique import Replace, Technique
+from headway._technique import Replace, Technique, like
 
 __all__ = [
     "Edit",
@@ -37,7 +37,10 @@ __all__ = [
     "apply",
     "applying",
     "as_technique",
+    "fused_paths_off",
     "history",
+    "like",
+    "nested_tensors_off",
     "plan",
     "sites",
     "undo",

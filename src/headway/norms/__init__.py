@@ -10,6 +10,8 @@ _NAMES = {
     "UnifiedNorm": "headway.norms.unified",
     "PowerNorm": "headway.norms.power",
     "GroupScaling": "headway.norms.power",
+    "ChannelAffine": "headway.norms.fold",
+    "FoldNorms": "headway.norms.fold",
     "LayerNormLSTM": _RECURRENT,
     "LayerNormGRU": _RECURRENT,
     "LayerNormRNN": _RECURRENT,

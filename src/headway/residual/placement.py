@@ -21,7 +21,7 @@ from headway.residual.placement_record import RecordPlacement
 from headway.residual.placements import SCHEMES, placements
 from headway.residual.rewiring import KINDS, can_rewire, places_itself, rewire
 from headway.residual.transformer import make_norm
-from headway.surgery import Edit, SetAttribute, Site, Swap, Technique
+from headway.surgery import Edit, SetAttribute, Site, Swap, Technique, nested_tensors_off
 
 
 class PretrainedWeightsWarning(UserWarning):
@@ -92,7 +92,7 @@ class Placement(Technique):
         if not found:
             return []
         self._warn(model, stacks)
-        return [*found, *_nested_tensors_off(model), *record(model, self, sites)]
+        return [*found, *nested_tensors_off(model), *record(model, self, sites)]
 
     def _move(self, model: nn.Module, stack: Stack, block: Block, placement: str) -> list[Edit]:
         layer = model.get_submodule(block.name)
@@ -199,17 +199,6 @@ def _shallow(layer: nn.Module) -> nn.Module:
     for table in ("_modules", "_parameters", "_buffers"):
         new.__dict__[table] = dict(layer.__dict__[table])
     return new
-
-
-def _nested_tensors_off(model: nn.Module) -> list[Edit]:
-    """torch's encoder packs padded batches into nested tensors, which only its own layer's forward understands."""
-    return [
-        SetAttribute(module, attribute, False, name=f"{name}.{attribute}" if name else attribute)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoder)
-        for attribute in ("enable_nested_tensor", "use_nested_tensor")
-        if getattr(module, attribute, False)
-    ]
 
 
 __all__ = ["Placement", "PretrainedWeightsWarning", "UnknownFamily"]

@@ -26,8 +26,8 @@ from headway.anatomy.families import pattern_of
 from headway.checkpoints import record
 from headway.norms.layer import LayerNorm
 from headway.norms.rms import RMSNorm
-from headway.residual.placement import _nested_tensors_off, _shallow
-from headway.surgery import Edit, SetAttribute, SetParameter, Site, Swap, Technique
+from headway.residual.placement import _shallow
+from headway.surgery import Edit, SetAttribute, SetParameter, Site, Swap, Technique, nested_tensors_off
 
 _LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -83,7 +83,7 @@ class PreRMSNorm(Technique):
         for name in dict.fromkeys(norms):
             old_norm: Any = model.get_submodule(name)
             found.append(Swap(model, name, old_norm, _rms(old_norm)))
-        return [*found, *_nested_tensors_off(model), *record(model, replace(self, refuse_dropout=False))]
+        return [*found, *nested_tensors_off(model), *record(model, replace(self, refuse_dropout=False))]
 
     def _recentre(self, model: nn.Module, names: Iterable[str]) -> list[Edit]:
         modules = {id(model.get_submodule(name)): name for name in reversed(list(names))}
