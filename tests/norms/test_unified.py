@@ -153,13 +153,18 @@ def test_outlier_batch_is_left_out_with_the_filter_and_stays_for_the_window_with
         layer(torch.randn(2000, 6).double() * scale)
     largest, before = layer.forward_window.max(0).values, int(layer.skip_counter)
     assert before == 0
-    outlier = torch.randn(2000, 6).double() * scale
+    outlier, after = torch.randn(2000, 6).double() * scale, torch.randn(2000, 6).double() * scale
+    spared = copy.deepcopy(layer)
+    spared(outlier)
     outlier[:, 5] *= 40
     layer(outlier)
     held = []
-    for _ in range(5):
+    for step in range(5):
         held.append(bool((layer.forward_window > 2 * largest).any()))
-        layer(torch.randn(2000, 6).double() * scale)
+        y = layer(after)
+        if step == 0:  # psi of the batch after the outlier, held against that of a layer that never saw it
+            change = (spared(after) / y)[0] - 1
+            assert (change.abs().max() < 0.05) == filtration
     assert held == ([False] * 5 if filtration else [True] * 4 + [False])
     assert layer.skip_counter == int(filtration)
 
