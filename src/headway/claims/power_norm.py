@@ -28,7 +28,7 @@ def measure(quick: bool) -> list[Evidence]:
 
 
 def _accuracy(quick: bool) -> list[Evidence]:
-    steps, seeds, dim = (40, 1, 32) if quick else (300, 3, 64)
+    steps, seeds, dim = (40, 1, 32) if quick else (400, 3, 64)
     chosen = {name: make for name, make in makers(steps).items() if name in ("LN", "BN", "PN")}
     runs = [train(name, make, seed, steps, dim=dim) for seed in range(seeds) for name, make in chosen.items()]
     near, better = mean(runs, "PN") <= mean(runs, "LN") + 0.01, mean(runs, "PN") <= mean(runs, "BN") - 0.03
