@@ -1,10 +1,12 @@
 """Times of the norm kernels beside PyTorch's own, in turn, in one process: a table on the terminal, JSON with ``--json PATH``.
 
-    python benchmarks/norms.py [--threads 1 2] [--seconds 0.3] [--json norms.json]
+    python benchmarks/norms.py [--threads 1 2] [--seconds 0.15] [--json norms.json]
 
 Each ratio is PyTorch's time divided by headway's. "GB/s" is what the forward moves (input read, output written), "copy" what
 ``copy_`` moves between tensors of that size: the limit. Large results are also written to reused memory (``out=``), because
-the pages of a fresh tensor beyond the allocator's threshold cost more than the norm itself.
+the pages of a fresh tensor beyond the allocator's threshold cost more than the norm itself. The smallest shape, 4 x 8 x 64,
+shows what a call costs. PyTorch's RMS norm is put together of several operators, so the RMS norm is also held against
+PyTorch's layer norm.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headway.kernels.library import status
-from headway.kernels.norms import add_norm, channel_norm, layer_norm, rms_norm
+from headway.kernels.norms import add_norm, channel_norm, crms_norm, layer_norm, norm_add_norm, rms_norm
 from headway.measure import copy_bandwidth, paired
 
 SHAPES = [(32, 64), (512, 256), (1024, 768), (4096, 512), (16384, 1024)]
@@ -66,30 +68,56 @@ def _measure(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: 
         ratios = (pair.ours, pair.theirs, pair.ratio, pair.low, pair.high)
         lines.append(Line(what, shape, kind, threads, *ratios, speed, limit))
 
+    def torch_layer(a: Tensor) -> Tensor:
+        return F.layer_norm(a, (n,), w, b)
+
+    def torch_rms(a: Tensor) -> Tensor:
+        return F.rms_norm(a, (n,), w, 1e-5)
+
+    def seam(f: Tensor, x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+        offset = None if rms else b
+        return norm_add_norm(f, x, w, w, output_bias=offset, input_bias=offset, rms=rms)
+
+    def seam_apart(f: Tensor, x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+        kind = torch_rms if rms else torch_layer
+        h = x + kind(f)
+        return h, kind(h)
+
     with torch.no_grad():
-        native = {"layer": lambda: F.layer_norm(x, (n,), w, b), "rms": lambda: F.rms_norm(x, (n,), w, 1e-5)}
-        line("layer norm", lambda: layer_norm(x, n, w, b), native["layer"], 2 * nbytes)
-        line("layer norm, out=", lambda: layer_norm(x, n, w, b, out=out), native["layer"], 2 * nbytes)
-        line("rms norm", lambda: rms_norm(x, n, w), native["rms"], 2 * nbytes)
-        line("rms norm, out=", lambda: rms_norm(x, n, w, out=out), native["rms"], 2 * nbytes)
-        line("add + layer norm", lambda: add_norm(x, residual, w, b), lambda: F.layer_norm(x + residual, (n,), w, b))
+        line("layer norm", lambda: layer_norm(x, n, w, b), lambda: torch_layer(x), 2 * nbytes)
+        line("layer norm, out=", lambda: layer_norm(x, n, w, b, out=out), lambda: torch_layer(x), 2 * nbytes)
+        line("rms norm", lambda: rms_norm(x, n, w), lambda: torch_rms(x), 2 * nbytes)
+        line("rms norm, out=", lambda: rms_norm(x, n, w, out=out), lambda: torch_rms(x), 2 * nbytes)
+        line("rms norm / torch layer norm", lambda: rms_norm(x, n, w), lambda: torch_layer(x), 2 * nbytes)
+        line("crms norm / torch layer norm", lambda: crms_norm(x), lambda: torch_layer(x), 2 * nbytes)
+        line("add + layer norm", lambda: add_norm(x, residual, w, b), lambda: torch_layer(x + residual))
+        line("add + rms norm", lambda: add_norm(x, residual, w, rms=True), lambda: torch_rms(x + residual))
+        line("norm, add, norm", lambda: seam(x, residual, False), lambda: seam_apart(x, residual, False))
+        line("rms, add, rms", lambda: seam(x, residual, True), lambda: seam_apart(x, residual, True))
     leaves = [t.requires_grad_() for t in (x, w, b)]
-    line("layer norm, graph recorded", lambda: layer_norm(x, n, w, b), lambda: F.layer_norm(x, (n,), w, b))
+    line("layer norm, graph recorded", lambda: layer_norm(x, n, w, b), lambda: torch_layer(x))
+    line("rms norm, graph recorded", lambda: rms_norm(x, n, w), lambda: torch_rms(x))
     ours, theirs = (lambda x, w, b: layer_norm(x, n, w, b)), (lambda x, w, b: F.layer_norm(x, (n,), w, b))
     line("layer norm backward", _backward(ours, leaves, gradient), _backward(theirs, leaves, gradient))
     ours, theirs = (lambda x, w: rms_norm(x, n, w)), (lambda x, w: F.rms_norm(x, (n,), w, 1e-5))
     line("rms norm backward", _backward(ours, leaves[:2], gradient), _backward(theirs, leaves[:2], gradient))
     four = [x, residual.requires_grad_(), w, b]
+    both = [gradient, gradient]
 
-    def fused() -> object:
-        y, h = add_norm(*four)
-        return torch.autograd.grad([y, h], four, [gradient, gradient])
-
-    def apart() -> object:
+    def add_apart() -> list[Tensor]:
         h = four[0] + four[1]
-        return torch.autograd.grad([F.layer_norm(h, (n,), w, b), h], four, [gradient, gradient])
+        return [torch_layer(h), h]
 
-    line("add + layer norm, forward and backward", fused, apart)
+    pairs = {
+        "add + layer norm": (lambda: add_norm(*four), add_apart),
+        "norm, add, norm": (lambda: seam(x, residual, False), lambda: seam_apart(x, residual, False)),
+    }
+    for what, (fused, apart) in pairs.items():
+        line(
+            f"{what}, forward and backward",
+            lambda call=fused: torch.autograd.grad(call(), four, both),
+            lambda call=apart: torch.autograd.grad(call(), four, both),
+        )
     return lines
 
 
@@ -112,7 +140,7 @@ def _channels(threads: int, seconds: float) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times of the norm kernels beside PyTorch's own.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=0.3, help="how long each pair is measured")
+    parser.add_argument("--seconds", type=float, default=0.15, help="how long each pair is measured")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     given = parser.parse_args()
     lines: list[Line] = []
