@@ -109,7 +109,7 @@ def _measure(shape: tuple[int, int], dtype: torch.dtype, threads: int, seconds: 
         return [torch_layer(h), h]
 
     pairs = {
-        "add + layer norm": (lambda: add_norm(*four), add_apart),
+        "add + layer norm": (lambda: add_norm(x, residual, w, b), add_apart),
         "norm, add, norm": (lambda: seam(x, residual, False), lambda: seam_apart(x, residual, False)),
     }
     for what, (fused, apart) in pairs.items():

@@ -134,7 +134,7 @@ def _run(x: Tensor, residual: Tensor | None, weight, bias, n: int, eps: float, r
         w, b = (None if p is None else p.contiguous() for p in (weight, bias))
         _forward[(rows,)](
             x, beside, x if w is None else w, x if b is None else b, y, h, stats, n, eps, offset,
-            rms, adds, w is not None, b is not None, keep, block, num_warps=warps,
+            rms, adds, w is not None, b is not None, keep, block, num_warps=warps,  # type: ignore[call-arg]
         )  # fmt: skip
     return y, h, stats
 
@@ -192,7 +192,7 @@ def norm_backward(gy, gh, x, stats, weight, n, kind, offset, want_weight, want_b
     beside = x if gh is None else gh.contiguous()
     _backward[(programs,)](
         gy, beside, x, x if weight is None else weight.contiguous(), stats, gx, gw, gb, rows, n, offset,
-        kind == RMS, gh is not None, weight is not None, want_weight, want_bias, block, num_warps=warps,
+        kind == RMS, gh is not None, weight is not None, want_weight, want_bias, block, num_warps=warps,  # type: ignore[call-arg]
     )  # fmt: skip
     empty = x.new_empty(0, dtype=torch.float32)
     return gx, gw.sum(0) if want_weight else empty, gb.sum(0) if want_bias else empty.clone()
