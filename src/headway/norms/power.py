@@ -7,7 +7,8 @@
 No mean is subtracted. The gradient of the second line is on purpose not its derivative; that of the first one is exact. Paper:
 "PowerNorm: Rethinking Batch Normalization in Transformers" (Shen et al.), ICML 2020, arXiv 2003.07845; the group scaling is in all
 its released runs. For transformer encoders that are trained with it. Not for steps of very few tokens, models that cannot be
-trained on, or strictly causal training: the training statistic mixes positions.
+trained on, or strictly causal training: the training statistic mixes positions. Without groups
+:class:`headway.norms.fold.FoldNorms` folds it away once it is trained.
 """
 
 from __future__ import annotations

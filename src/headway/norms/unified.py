@@ -8,7 +8,8 @@ No mean is subtracted. ``nu`` follows the mean of g * z over recent batches, and
 held within [0.2, 5], makes the gradient that of a layer scaled by the running statistic: on purpose, it is not the derivative of
 the forward pass. Paper: "Unified Normalization for Accelerating and Stabilizing Transformers" (Yang et al.), ACM Multimedia 2022,
 arXiv 2208.01313. For transformers with norms in front of their sublayers that are trained with it. Not for exchanging the norm of
-a trained model without training on, and not for strictly causal training: the training statistic mixes positions.
+a trained model without training on, and not for strictly causal training: the training statistic mixes positions. Once trained,
+:class:`headway.norms.fold.FoldNorms` folds it into the linear layers that read it, and it costs nothing.
 """
 
 from __future__ import annotations
