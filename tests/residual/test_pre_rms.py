@@ -19,7 +19,20 @@ from headway.residual.pre_rms import (
 )
 from headway.residual.transformer import TransformerDecoder
 
-FAMILIES = ["headway", "torch pre", "gpt2", "gpt_neox", "gpt_neox parallel", "vit"]
+FAMILIES = [
+    "headway",
+    "torch pre",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox parallel",
+    "vit",
+    "gptj",
+    "opt",
+    "phi",
+    "clip",
+    "whisper",
+    "timm",
+]
 
 
 def sample(name):
@@ -101,7 +114,7 @@ def test_a_tied_head_keeps_the_old_table(name):
         table, head = model.embedding.weight, lambda m: (m.embedding.weight, m.head.weight)
     original = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    hw.apply(model, PreRMSNorm(), optimizer=optimizer)
+    hw.apply(model, PreRMSNorm(fold_affine=False), optimizer=optimizer)
     fresh, kept = head(model)
     assert kept is table and fresh is not table
     assert fresh.mean(-1).abs().max() < 1e-15
@@ -176,10 +189,10 @@ def test_undo_restores_every_bit(name):
     assert after.keys() == before.keys() and torch.equal(_output(model, x), output)
 
 
-def test_norms_keep_their_parameters_and_eps():
+def test_norms_keep_their_parameters_and_eps_unless_folded():
     model = sample("gpt2")
     old = model.transformer.h[0].ln_1
-    hw.apply(model, PreRMSNorm())
+    hw.apply(model, PreRMSNorm(fold_affine=False))
     new = model.transformer.h[0].ln_1
     assert new.weight is old.weight and new.bias is old.bias and new.eps == old.eps and not new.training
 
@@ -192,7 +205,8 @@ def test_the_plan_names_what_changes_and_leaves_the_model_alone():
     assert {"transformer.wte", "transformer.wpe", "transformer.h.3.mlp.c_proj", "transformer.ln_f"} <= names
     assert "bias=True) recentred" in str(hw.plan(sample("headway"), PreRMSNorm()))
     assert "untied from lm_head" in str(plan) and "RMSNorm" in str(plan)
-    assert plan.parameters_after - plan.parameters_before == 50 * 32
+    # the head's own table and the bias it gets, less the gains and biases of nine norms
+    assert plan.parameters_after - plan.parameters_before == 50 * 32 + 50 - 9 * 64
     assert torch.equal(run("gpt2", model), before)
 
 
@@ -231,7 +245,7 @@ def test_an_encoder_and_a_decoder_stack_are_converted_together():
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: build("bert"), "embeddings.LayerNorm"),
+        (lambda: build("bert"), "encoder.layer.0 places its norms 'post'"),
         (lambda: build("torch post"), "layers.0"),
         (lambda: build("llama"), "input_layernorm"),
         (lambda: TransformerDecoder(50, 32, 2, 4, "peri"), "blocks.0"),

@@ -2,26 +2,24 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from headway.kernels.norms import crms_norm, rms_norm
-from headway.norms.layer import LayerNorm
-from headway.norms.rms import RMSNorm
 from headway.residual.recentring import (
-    CentreEntry,
-    baked,
-    finalize,
+    Bake,
+    CentreActivation,
+    Parametrize,
+    Recentre,
+    Uncentre,
+    centred,
     output_axis,
-    parametrized,
     recentre_embedding_,
     recentre_linear_,
     recentred,
 )
-from headway.residual.transformer import TransformerDecoder
-from headway.surgery import Swap
 
 
 def layer_norm_0(x, eps=1e-5):
@@ -76,68 +74,99 @@ def test_every_row_of_a_recentred_table_has_zero_mean():
 
 
 def test_a_writer_of_unknown_kind_is_refused():
-    with pytest.raises(TypeError, match="cannot be recentred"):
-        output_axis(nn.LSTM(3, 3))
+    assert output_axis(nn.LSTM(3, 3)) is None
+    for module in (nn.LSTM(3, 3), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)):
+        with pytest.raises(TypeError, match="cannot be recentred"):
+            recentre_linear_(module)
 
 
-def test_baking_in_bfloat16_rounds_once():
-    linear = nn.Linear(16, 16).bfloat16()
-    wide = linear.weight.double()
-    torch.testing.assert_close(baked(linear).weight, (wide - wide.mean(0)).bfloat16(), rtol=0, atol=0)
+def parametrized(linear):
+    Parametrize(linear, "weight", 0, "weight").do()
+    Parametrize(linear, "bias", 0, "bias").do()
+    return linear
 
 
 def test_the_gradient_of_a_parametrised_weight_is_the_projected_gradient():
     linear = nn.Linear(5, 7).double()
-    plain, inside = baked(linear), parametrized(linear)
+    plain, inside = recentre_linear_(copy.deepcopy(linear)), parametrized(copy.deepcopy(linear))
     x, g = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
     plain(x).backward(g)
     inside(x).backward(g)
-    torch.testing.assert_close(linear.weight.grad, recentred(plain.weight.grad, 0))
-    torch.testing.assert_close(linear.bias.grad, recentred(plain.bias.grad, 0))
+    raw = inside.parametrizations
+    torch.testing.assert_close(raw.weight.original.grad, recentred(plain.weight.grad, 0))
+    torch.testing.assert_close(raw.bias.original.grad, recentred(plain.bias.grad, 0))
 
 
-def test_recentring_is_not_done_in_half_precision_under_autocast():
-    linear = nn.Linear(5, 7)
+def test_recentring_inside_the_graph_passes_gradcheck():
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Recentre(0), weight) and torch.autograd.gradcheck(centred, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_recentring_is_not_done_in_half_precision_even_under_autocast(dtype):
+    linear = nn.Linear(64, 64).to(dtype)
+    exact = recentred(linear.weight, 0)
     inside = parametrized(linear)
     with torch.autocast("cpu", torch.bfloat16):
-        assert inside.weight.dtype == torch.float32
-        torch.testing.assert_close(inside.weight, recentred(linear.weight, 0))
+        assert inside.weight.dtype == dtype
+        torch.testing.assert_close(inside.weight, exact, rtol=0, atol=0 if dtype != torch.float32 else 1e-7)
 
 
-def test_finalize_leaves_plain_weights_and_the_same_function():
-    model = nn.Sequential(parametrized(nn.Linear(5, 7)))
-    x = torch.randn(3, 5)
-    before = model(x)
-    finalize(model)
-    assert set(model.state_dict()) == {"0.weight", "0.bias"}
-    torch.testing.assert_close(model(x), before)
-
-
-def test_parametrised_training_follows_the_pre_ln_trajectory():
-    torch.manual_seed(0)
-    plain = TransformerDecoder(50, 16, 2, 2, max_length=16).double()
+def test_evaluation_keeps_the_recentred_weight_until_the_raw_one_changes():
+    linear = parametrized(nn.Linear(5, 7)).eval()
     with torch.no_grad():
-        # AdamW turns the rounding of an exactly vanishing gradient into a full step, so nothing starts at zero
-        for parameter in plain.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) + 0.05)
-    model = copy.deepcopy(plain)
-    for name, module in list(model.named_modules()):
-        if name.endswith(("attention.out", "mlp.down")):
-            Swap(model, name, module, parametrized(module), untie=True).do()
-        elif isinstance(module, LayerNorm):
-            norm = RMSNorm(module.normalized_shape, module.eps, bias=True)
-            norm.weight, norm.bias = module.weight, module.bias
-            Swap(model, name, module, norm.double()).do()
-    CentreEntry(model.blocks[0], "blocks.0").do()
-    tokens, losses = torch.arange(18).view(2, 9), []
-    for trained in (plain, model):
-        optimizer = torch.optim.AdamW(trained.parameters(), 1e-2)
-        losses.append([])
-        for _ in range(20):
-            loss = F.cross_entropy(trained(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-12
-    assert losses[0][0] - losses[0][-1] > 0.1
+        first = linear.weight
+        assert linear.weight is first
+        linear.parametrizations.weight.original.add_(torch.randn(7, 5))
+        assert linear.weight is not first and linear.weight.mean(0).abs().max() < 1e-6
+        assert set(linear.state_dict()) == {"parametrizations.weight.original", "parametrizations.bias.original"}
+        assert copy.deepcopy(linear).weight is not linear.weight
+    assert linear.train().weight.requires_grad and linear.parametrizations.weight[0]._kept is None
+
+
+def test_parametrising_is_undone_to_the_very_parameter_in_its_old_place():
+    linear = nn.Linear(5, 7)
+    before = list(linear.named_parameters())
+    edits = [Parametrize(linear, "weight", 0, "weight"), Parametrize(linear, "bias", 0, "bias")]
+    for edit in edits:
+        edit.do()
+    for edit in reversed(edits):
+        edit.undo()
+    after = list(linear.named_parameters())
+    assert [name for name, _ in after] == ["weight", "bias"] and type(linear) is nn.Linear
+    assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
+
+
+def test_baking_a_tied_weight_leaves_the_other_side_of_the_tie_alone():
+    linear, other = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+    other.weight = linear.weight
+    raw = linear.weight.detach().clone()
+    Parametrize(linear, "weight", 0, "weight").do()
+    assert linear.parametrizations.weight.original is other.weight
+    edit = Bake(linear, "weight", "weight")
+    edit.do()
+    assert not parametrize.is_parametrized(linear) and linear.weight.mean(0).abs().max() < 1e-6
+    assert torch.equal(other.weight, raw)
+    edit.undo()
+    assert parametrize.is_parametrized(linear) and linear.parametrizations.weight.original is other.weight
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_activations_are_recentred_where_they_enter_and_leave(cut):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    entry, leaving = CentreActivation(model, "0", "entry", cut), CentreActivation(model, "1", "exit")
+    x = 3 + torch.randn(4, 6, dtype=torch.float64)
+    entry.do()
+    whole = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(model(x), whole[:, :-1] if cut else whole)
+    torch.testing.assert_close(model[0](input=x), model[0](x))
+    entry.undo()
+    leaving.do()
+    torch.testing.assert_close(model(x), whole)
+    off = Uncentre(model[1], "1")
+    off.do()
+    assert torch.equal(model(x), x)
+    off.undo()
+    torch.testing.assert_close(model(x), whole)
+    leaving.undo()
+    assert torch.equal(model(x), x)

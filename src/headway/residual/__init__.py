@@ -18,6 +18,8 @@ _NAMES = {
     "layer_grad_norms": _MEASURES,
     "PreRMSNorm": _PRE_RMS,
     "NotPreNormError": _PRE_RMS,
+    "finalize": _PRE_RMS,
+    "verify_equivalence": _PRE_RMS,
     "recentre_linear_": _PRE_RMS,
     "recentre_embedding_": _PRE_RMS,
     "Residual": _DEPTH,

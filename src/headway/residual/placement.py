@@ -192,13 +192,4 @@ class Placement(Technique):
                     return
 
 
-def _shallow(layer: nn.Module) -> nn.Module:
-    """Another module of the same class that shares all children and parameters."""
-    new = type(layer).__new__(type(layer))
-    new.__dict__.update(layer.__dict__)
-    for table in ("_modules", "_parameters", "_buffers"):
-        new.__dict__[table] = dict(layer.__dict__[table])
-    return new
-
-
 __all__ = ["Placement", "PretrainedWeightsWarning", "UnknownFamily"]

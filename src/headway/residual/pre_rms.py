@@ -2,399 +2,315 @@
 
     P = I - (1/d) 1 1^T,      LN0(x) = (x - mean(x)) / sqrt(var(x) + eps) = RMS0(P x),      RMS0(x) = x / sqrt(mean(x^2) + eps)
 
-All that is added to the residual stream is recentred once, in float64: ``W <- P W`` and ``b <- P b`` for the output projections,
-``E <- E P`` for tables and tokens. The stream then has mean zero, where layer norm is RMS norm with the same eps, gain and bias.
+All that is added to the residual stream is recentred: ``W <- P W`` and ``b <- P b`` for the output projections, ``E <- E P`` for
+tables and tokens. The stream then has mean zero, where layer norm is RMS norm with the same eps. Gain g and bias beta of a norm go
+into the linear maps that read it, ``W' = W diag(g)``, ``b' = b + W beta``. Of a zero-mean stream the last channel is minus the sum
+of the others: Pre-CRMSNorm leaves it out, ``CRMS0(z) = z / sqrt((sum(z^2) + sum(z)^2) / d + eps)`` over d - 1 channels, with
+``W'[:, :d-1] - W'[:, d-1:]`` in what reads it.
 
 Jiang et al.: Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers, 2023 (arXiv 2305.14858).
-Reach for it before inference, export, quantisation or rotation. Training afterwards is not Pre-LN training: the gradient through
-an RMS norm has a part along 1 that brings the mean back, and dropout on a branch breaks it at once. Hidden states differ from the
-original's by their mean, and embeddings passed in by hand (``inputs_embeds``) must have mean zero.
+Reach for the baked form before inference, export, quantisation or rotation. Training afterwards is not Pre-LN training: the
+gradient through an RMS norm has a part along 1 that brings the mean back. The parametrised form keeps the raw weights, recentres
+inside the graph and follows the Pre-LN trajectory under any optimiser; :func:`finalize` bakes it. Not for Post-LN models, nor where
+something else than a layer norm reads the stream. Hidden states differ from the original's by their mean, and embeddings passed in
+by hand (``inputs_embeds``) must have mean zero under the baked form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import nn
 
-from headway.anatomy import Anatomy, describe
-from headway.anatomy.families import pattern_of
+from headway.anatomy import UnknownFamily
 from headway.checkpoints import record
-from headway.norms.layer import LayerNorm
-from headway.norms.rms import RMSNorm
-from headway.residual.placement import _shallow
-from headway.surgery import Edit, SetAttribute, SetParameter, Site, Swap, Technique, nested_tensors_off
+from headway.models import made_up_batch
+from headway.norms.rms import CRMSNorm, RMSNorm
+from headway.residual.crms import CompletingRMSNorm, narrow_attention
+from headway.residual.described import described
+from headway.residual.equivalence import Verified, verify_equivalence
+from headway.residual.foldable import foldable
+from headway.residual.layers import fused_layers_off, nested_tensors_off
+from headway.residual.recentring import (
+    Bake,
+    CentreActivation,
+    Parametrize,
+    Uncentre,
+    parametrized_places,
+    recentre_embedding_,
+    recentre_linear_,
+)
+from headway.residual.reweighting import Reweighting
+from headway.residual.stream import NotPreNormError, Place, Stream
+from headway.surgery import Edit, SetAttribute, Site, Swap, Technique, apply
 
-_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_EMBEDDING_DROPOUTS = ("drop", "emb_dropout", "embeddings.dropout")
-
-
-class NotPreNormError(ValueError):
-    """The model is no Pre-LN transformer whose stream can be recentred; the message names the first part that is in the way."""
+_MARK = "_pre_rms_stream"
 
 
 @dataclass(frozen=True)
 class PreRMSNorm(Technique):
-    """Turns a Pre-LN transformer into a Pre-RMSNorm transformer that computes the same.
+    """Turns a Pre-LN transformer into a Pre-RMSNorm (or Pre-CRMSNorm) transformer that computes the same.
 
     Works on Hugging Face GPT-2, GPT-NeoX and ViT, on ``nn.TransformerEncoder``/``Decoder`` with ``norm_first=True`` and a final
-    norm, and on headway's own decoder placed "pre". A head tied to the token table keeps the old table as its own. torch's
-    stacks get their stream from outside, so their first layer takes the mean off it; their fused inference path, which holds a
-    layer norm, is switched off.
+    norm, and on headway's own decoder placed "pre"; any other Pre-LN model is traced on ``example_inputs``
+    (:mod:`headway.residual.foldable`). A head tied to the token table keeps the old table as its own when the table is recentred.
+    Where a stream comes from outside the model, the first layer takes the mean off it.
 
     Args:
-        refuse_dropout: refuse a model in training mode whose dropout on the stream is above 0; False converts it all the same,
-            for use after ``model.eval()``.
+        mode: "baked" recentres the weights once, for inference; "parametrized" recentres them inside the graph at every forward,
+            and the stream itself where it enters the first block and after dropout, for training.
+        compress: keep the stream without its last channel (Pre-CRMSNorm); the heads of attentions keep number and size. A norm
+            whose output is not only read by linear maps gives the full width again.
+        fold_affine: move gain and bias of the norms into the linear maps that read them; True under "baked" and False under
+            "parametrized" (where it would change what is trained) by default. Norms read by anything else keep theirs.
+        example_inputs: what the model is called with: a tuple, a mapping, or one tensor.
+        verify: with ``example_inputs``, run the model before and after and refuse a difference.
+        atol: allowed difference relative to the output's standard deviation: 1e-5 in float32, 3e-2 in bfloat16 by default.
+        refuse_dropout: under "baked", refuse a model in training mode whose dropout on the stream is above 0; False converts it
+            all the same, for use after ``model.eval()``.
 
     Raises:
-        NotPreNormError: Post-LN or Peri-LN layers, RMS norms of other libraries, a norm on the embedding, no final norm, a
-            writer of an unknown kind, or dropout as above.
-        UnknownFamily: the model holds no layer of a known family.
-        ValueError: ``where`` leaves out a part of the model; half a conversion would change the predictions.
+        NotPreNormError: Post-LN or Peri-LN layers, RMS norms of other libraries, no final norm, a reader of the stream without a
+            norm, a writer of an unknown kind, or dropout as above; the message names the first.
+        UnknownFamily: the model holds no layer of a known family and no ``example_inputs`` were given.
+        ValueError: an unknown mode; ``compress`` with ``fold_affine=False`` or in the parametrised mode; ``fold_affine`` in that
+            mode; ``where`` leaves out a part of the model; the outputs differ by more than ``atol``.
     """
 
     looks_for: ClassVar[str] = "layer norms that read a residual stream"
 
+    mode: str = "baked"
+    compress: bool = False
+    fold_affine: bool | None = None
+    example_inputs: Any = field(default=None, repr=False, compare=False)
+    verify: bool = True
+    atol: float | None = None
     refuse_dropout: bool = True
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("baked", "parametrized"):
+            raise ValueError(f"mode is 'baked' (inference) or 'parametrized' (training), not {self.mode!r}")
+        if self.compress and self.fold_affine is False:
+            raise ValueError(
+                "compress=True needs fold_affine=True: a gain on d - 1 channels cannot express that of the one left out"
+            )
+        if self.mode == "parametrized" and (self.compress or self.fold_affine):
+            option = "compress" if self.compress else "fold_affine"
+            raise ValueError(
+                f"{option}=True changes which numbers are trained; finalize the parametrised model and convert it afterwards"
+            )
+
+    def label(self) -> str:
+        return replace(self, example_inputs=None)._label() if self.example_inputs is not None else self._label()
+
+    def _label(self) -> str:
+        return super().label()
+
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
-        anatomy = describe(model)
-        norms = [name for names in _stream_norms(model, anatomy) for name in names]
-        if all(type(model.get_submodule(name)) is RMSNorm for name in norms):
+        stream = self._stream(model)
+        if stream is None:
             return []
-        _check(model, anatomy, norms, self.refuse_dropout)
         if {id(site.module) for site in sites} != {id(module) for module in model.modules()}:
             raise ValueError("PreRMSNorm converts the whole residual stream; apply it without where=")
-        writers = [*anatomy.embeddings, *(part.writer for block in anatomy.blocks for part in block.sublayers)]
-        found: list[Edit] = []
-        if anatomy.family == "torch.nn":
-            found += _entrances(model, anatomy)
-        found += self._recentre(model, writers)
-        for name in _parameters(model, anatomy):
-            owner, _, attribute = name.rpartition(".")
-            old = model.get_parameter(name)
-            new = nn.Parameter(_centred(old, -1), old.requires_grad)
-            found.append(_RecentredParameter(model.get_submodule(owner), attribute, new, name=name))
-        for name in dict.fromkeys(norms):
-            old_norm: Any = model.get_submodule(name)
-            found.append(Swap(model, name, old_norm, _rms(old_norm)))
-        return [*found, *nested_tensors_off(model), *record(model, replace(self, refuse_dropout=False))]
-
-    def _recentre(self, model: nn.Module, names: Iterable[str]) -> list[Edit]:
-        modules = {id(model.get_submodule(name)): name for name in reversed(list(names))}
-        owners: dict[int, list[tuple[str, nn.Module]]] = {}
-        for name, module in model.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append((name, module))
-        found: list[Edit] = []
-        untied = False
-        for name in reversed(list(modules.values())):
-            old = model.get_submodule(name)
-            new = _recentred_copy(old)
-            others = [
-                other
-                for parameter in old._parameters.values()
-                for other, owner in owners.get(id(parameter), [])
-                if id(owner) not in modules
-            ]
-            untied = untied or bool(others)
-            found.append(_Untie(model, name, old, new, others) if others else _Recentred(model, name, old, new))
-        if untied:
-            found += _forget_ties(model)
+        found = self._baked(model, stream) if self.mode == "baked" else self._parametrized(model, stream)
+        for name in stream.entries:
+            found.append(CentreActivation(model, name, "entry", self.compress))
+        for name in stream.outputs:
+            found.append(CentreActivation(model, name, "exit", self.compress))
+        found += [Kept(model.get_submodule(name), name, reason) for name, reason in stream.skipped]
+        found += [*nested_tensors_off(model), *fused_layers_off(model, {norm.name for norm in stream.norms})]
+        found += record(model, replace(self, example_inputs=None, refuse_dropout=False))
+        if self.verify and self.example_inputs is not None:
+            found.append(Verified(model, self.example_inputs, self.atol))
         return found
 
+    def _stream(self, model: nn.Module) -> Stream | None:
+        training = self.mode == "parametrized"
+        if self.example_inputs is not None:
+            return foldable(model, self.example_inputs, training, self.refuse_dropout)
+        try:
+            return described(model, training, self.refuse_dropout)
+        except UnknownFamily as error:
+            if not hasattr(model, "config"):
+                raise UnknownFamily(f"{error}; with example_inputs=... it is traced instead") from None
+        return foldable(model, made_up_batch(model), training, self.refuse_dropout)
 
-class _Recentred(Swap):
-    """Swaps a writer for its recentred copy, and says so in the plan."""
+    def _baked(self, model: nn.Module, stream: Stream) -> list[Edit]:
+        weights = Reweighting(model)
+        fold = self.fold_affine is not False
+        for norm in stream.norms:
+            for reader in norm.readers or () if fold else ():
+                weights.fold(model.get_submodule(norm.name), norm.name, reader)
+        for place in stream.writers:
+            weights.recentre(place)
+        narrow: list[Edit] = []
+        if self.compress:
+            narrow = self._compress(model, stream, weights)
+        found = [*weights.edits([edit.old for edit in narrow] + [edit.old.out_proj for edit in narrow]), *narrow]  # type: ignore[attr-defined]
+        for norm in stream.norms:
+            old: Any = model.get_submodule(norm.name)
+            if norm.readers is None or not fold:
+                full = CompletingRMSNorm(old.normalized_shape[0], old.eps, old.weight, old.bias)
+                new = full if self.compress else rms_like(old, affine=True)
+            else:
+                new = CRMSNorm(old.normalized_shape[0] - 1, old.eps) if self.compress else rms_like(old, affine=False)
+            found.append(Swap(model, norm.name, old, _hooked(new, old)))
+        return found
+
+    def _compress(self, model: nn.Module, stream: Stream, weights: Reweighting) -> list[Edit]:
+        """Cuts writers and readers, and returns the attentions that have to be others."""
+        attentions = {
+            id(module): (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+        outs = {id(module.out_proj): key for key, (_, module) in attentions.items()}
+        cuts: dict[int, list[bool]] = {}
+        for place in stream.writers:
+            owner: Any = model.get_submodule(place.owner)
+            if getattr(owner, place.attribute).shape[place.axis] < 2:
+                raise ValueError(f"{place.name} writes one channel, and a stream of one channel has none to leave out")
+            if getattr(owner, "groups", 1) > 1:
+                raise ValueError(f"{place.owner} is a grouped convolution, whose last output alone cannot be left out")
+            weights.cut(place)
+            if id(owner) in outs:
+                cuts.setdefault(outs[id(owner)], [False] * 3)
+        for norm in stream.norms:
+            for reader in norm.readers or ():
+                owner = model.get_submodule(reader.owner)
+                if id(owner) in attentions:
+                    short = cuts.setdefault(id(owner), [False] * 3)
+                    first, end = reader.rows or (0, 3 * owner.embed_dim)
+                    for i in range(3):
+                        short[i] = short[i] or first <= i * owner.embed_dim < end
+                else:
+                    weights.read_cut(reader)
+        found: list[Edit] = []
+        for key, short in cuts.items():
+            name, old = attentions[key]
+            out = tuple(
+                None if (new := weights.changed(f"{name}.out_proj", part)) is None else new.detach()
+                for part in ("weight", "bias")
+            )
+            new = narrow_attention(old, lambda part, n=name: weights.changed(n, part), tuple(short), out)  # type: ignore[arg-type]
+            found.append(Swap(model, name, old, _hooked(new, old)))
+        return found
+
+    def _parametrized(self, model: nn.Module, stream: Stream) -> list[Edit]:
+        found: list[Edit] = []
+        weights = Reweighting(model)
+        seen: set[tuple[int, str]] = set()
+        for place in stream.writers:
+            owner = model.get_submodule(place.owner)
+            if place.after is not None or (id(owner), place.attribute) in seen:
+                continue
+            if place.gate is not None:
+                raise NotPreNormError(
+                    f"{'.'.join(place.gate)} scales what {place.owner} writes and is no module of its own, so nothing can be "
+                    "recentred after it; use mode='baked'"
+                )
+            seen.add((id(owner), place.attribute))
+            if place.attribute in owner._buffers:
+                weights.recentre(place)
+            else:
+                found.append(Parametrize(owner, place.attribute, place.axis, place.name))
+        found += weights.edits()
+        for name in dict.fromkeys(place.after for place in stream.writers if place.after is not None):
+            found.append(CentreActivation(model, name, "exit"))
+        for norm in stream.norms:
+            old: Any = model.get_submodule(norm.name)
+            found.append(Swap(model, norm.name, old, _hooked(rms_like(old, affine=True), old)))
+        return [*found, _Marked(model, stream)]
+
+
+class _Marked(SetAttribute):
+    """Notes the stream of a parametrised model in it, for :func:`finalize`."""
+
+    def __init__(self, model: nn.Module, stream: Stream | None) -> None:
+        super().__init__(model, _MARK, stream)
 
     def describe(self) -> tuple[str, str]:
-        before, after = super().describe()
-        return before, f"{after} recentred"
+        return ("plain", "parametrised") if self.value is not None else ("parametrised", "plain")
 
 
-class _RecentredParameter(SetParameter):
-    """Swaps a token or table for its recentred copy, and says so in the plan."""
+class Kept(Edit):
+    """A norm that stays as it is, with the reason."""
 
-    def describe(self) -> tuple[str, str]:
-        before, after = super().describe()
-        return before, f"{after} recentred"
+    def __init__(self, module: nn.Module, name: str, reason: str) -> None:
+        self.name, self._kind, self._reason = name, type(module).__name__, reason
 
+    def do(self) -> None:
+        pass
 
-class _Untie(Swap):
-    """Swaps a table for a recentred one of its own; whoever shared the old one keeps it."""
-
-    def __init__(self, model: nn.Module, name: str, old: nn.Module, new: nn.Module, others: Sequence[str]) -> None:
-        super().__init__(model, name, old, new, untie=True)
-        self._others = ", ".join(others)
-
-    def moved(self) -> dict[nn.Parameter, nn.Parameter]:
-        return {}
+    def undo(self) -> None:
+        pass
 
     def describe(self) -> tuple[str, str]:
-        before, after = super().describe()
-        return f"{before} tied to {self._others}", f"{after} recentred, untied from {self._others}"
+        return self._kind, f"kept: {self._reason}"
 
 
-class _Recentring(SetAttribute):
-    """Makes a layer of torch's one that recentres its input; the object and all it holds stay."""
+@dataclass(frozen=True)
+class Finalized(Technique):
+    """Bakes what :class:`PreRMSNorm` with ``mode="parametrized"`` does at every forward into plain weights.
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        encoder = isinstance(layer, nn.TransformerEncoderLayer)
-        super().__init__(layer, "__class__", RecentringEncoderLayer if encoder else RecentringDecoderLayer, name=name)
+    The stream still loses its mean where it enters the first block, so that tables stay as they are, and tied.
+    """
 
-    def describe(self) -> tuple[str, str]:
-        return self.before.__name__, self.value.__name__  # type: ignore[attr-defined]
+    looks_for: ClassVar[str] = "weights that are recentred at every forward"
+
+    def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
+        found: list[Edit] = [Bake(owner, attribute, name) for name, owner, attribute in parametrized_places(model)]
+        stream: Stream | None = getattr(model, _MARK, None)
+        if stream is not None:
+            late = [place for place in stream.writers if place.after is not None]
+            weights = Reweighting(model)
+            for place in late:
+                weights.recentre(place)
+            found += weights.edits()
+            found += [
+                Uncentre(model.get_submodule(name), name)
+                for name in dict.fromkeys(place.after for place in late)
+                if name is not None
+            ]
+            found.append(_Marked(model, None))
+        return [*found, *record(model, self)] if found else []
 
 
-def recentre_linear_(linear: nn.Module) -> nn.Module:
-    """Takes the mean over the outputs off the weight and bias of a linear layer, in place and in float64; returns the layer.
-
-    Args:
-        linear: ``nn.Linear``, ``nn.Conv1d``/``2d``/``3d`` (over its output channels), or transformers' ``Conv1D``.
+def finalize(model: nn.Module) -> nn.Module:
+    """Bakes a parametrised model in place and returns it: plain tensors, for inference; ``hw.undo`` takes it back.
 
     Raises:
-        TypeError: any other module, whose output axis is not known.
+        NothingToChange: the model holds no weight that is recentred at every forward.
     """
-    axis = _output_axis(linear)
-    if axis is None:
-        raise TypeError(f"the output axis of {type(linear).__name__} is not known; nn.Linear, nn.ConvNd or Conv1D is")
-    with torch.no_grad():
-        for key, along in (("weight", axis), ("bias", 0)):
-            if (parameter := linear._parameters.get(key)) is not None:
-                parameter.copy_(_centred(parameter, along))
-    return linear
+    return apply(model, Finalized())
 
 
-def recentre_embedding_(embedding: nn.Embedding) -> nn.Embedding:
-    """Takes the mean off every row of an embedding, in place and in float64; returns the embedding."""
-    with torch.no_grad():
-        embedding.weight.copy_(_centred(embedding.weight, -1))
-    return embedding
-
-
-def verify_equivalence(original: nn.Module, converted: nn.Module, *inputs: Any) -> float:
-    """The largest absolute difference between the outputs of two models, both in evaluation mode (put back afterwards).
-
-    Of a structured output the logits are compared, else the last hidden state, else the first tensor.
-    """
-    outputs = []
-    for model in (original, converted):
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                outputs.append(_main_tensor(model(*inputs)))
-        finally:
-            for module, training in modes:
-                module.training = training
-    if outputs[0].shape != outputs[1].shape:
-        raise ValueError(f"the outputs differ in shape: {tuple(outputs[0].shape)} and {tuple(outputs[1].shape)}")
-    difference = (outputs[0].double() - outputs[1].double()).abs()
-    return difference.max().item() if difference.numel() else 0.0
-
-
-class RecentringEncoderLayer(nn.TransformerEncoderLayer):
-    """The first layer of a converted stack: takes the mean off the stream it is given."""
-
-    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(_without_mean(src), *args, **kwargs)
-
-
-class RecentringDecoderLayer(nn.TransformerDecoderLayer):
-    """The first layer of a converted decoder stack: takes the mean off the stream it is given."""
-
-    def forward(self, tgt: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(_without_mean(tgt), *args, **kwargs)
-
-
-def _without_mean(x: Tensor) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide - wide.mean(-1, keepdim=True)).to(x.dtype)
-
-
-def _main_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        for key in ("logits", "last_hidden_state"):
-            if isinstance(found := output.get(key), Tensor):
-                return found
-        output = tuple(output.values())
-    for part in output:
-        if isinstance(part, Tensor):
-            return part
-    raise TypeError("the model's output holds no tensor that could be compared")
-
-
-def _centred(tensor: Tensor, dim: int) -> Tensor:
-    wide = tensor.detach().double()
-    return (wide - wide.mean(dim, keepdim=True)).to(tensor.dtype)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
-def _output_axis(module: nn.Module) -> int | None:
-    if type(module) in (*_LINEARS, *_CONVOLUTIONS):
-        return 0
-    # transformers' Conv1D keeps its weight as (in, out)
-    return -1 if _is_conv1d(module) else None
-
-
-def _recentred_copy(old: nn.Module) -> nn.Module:
-    new = _shallow(old)
-    new._parameters = {
-        key: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
-        for key, p in old._parameters.items()
-    }
-    return recentre_embedding_(new) if isinstance(new, nn.Embedding) else recentre_linear_(new)
-
-
-def _rms(norm: Any) -> RMSNorm:
+def rms_like(norm: Any, affine: bool) -> RMSNorm:
+    """The RMS norm of the shape and eps of a layer norm, with its very parameters or with none."""
     new = RMSNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-    new.elementwise_affine = norm.weight is not None
-    new.weight, new.bias = norm.weight, norm.bias
+    if affine:
+        new.elementwise_affine = norm.weight is not None
+        new.weight, new.bias = norm.weight, norm.bias
+    return new
+
+
+def _hooked(new: nn.Module, old: nn.Module) -> nn.Module:
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, hooks).update(getattr(norm, hooks))
-    return new.train(norm.training)
-
-
-def _stacks(anatomy: Anatomy) -> list[str]:
-    """The owner of each list of layers ("encoder" for "encoder.layers.0")."""
-    return list(dict.fromkeys(block.name.rpartition(".")[0].rpartition(".")[0] for block in anatomy.blocks))
-
-
-def _stream_norms(model: nn.Module, anatomy: Anatomy) -> tuple[list[str], list[str]]:
-    """The norms of the branches, and the final norms."""
-    inner = [part.norm for block in anatomy.blocks for part in block.sublayers if part.norm]
-    if anatomy.family != "torch.nn":
-        return inner, [anatomy.final_norm] if anatomy.final_norm else []
-    names = [f"{stack}.norm" if stack else "norm" for stack in _stacks(anatomy)]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return inner, [name for name in names if name in modules]
-
-
-def _parameters(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """The bare parameters that write to the stream; ViT's mask token takes the place of patches."""
-    masks = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "mask_token"]
-    return [*anatomy.parameters, *(masks if anatomy.family == "vit" else [])]
-
-
-def _entrances(model: nn.Module, anatomy: Anatomy) -> list[Edit]:
-    """torch's stacks: the first layer recentres what comes in, and no layer takes the fused path with its layer norm."""
-    found: list[Edit] = []
-    started: set[str] = set()
-    for block in anatomy.blocks:
-        layer: Any = model.get_submodule(block.name)
-        stack = block.name.rpartition(".")[0]
-        if stack not in started:
-            started.add(stack)
-            found.append(_Recentring(layer, block.name))
-        if getattr(layer, "activation_relu_or_gelu", 0):
-            name = f"{block.name}.activation_relu_or_gelu"
-            found.append(SetAttribute(layer, "activation_relu_or_gelu", 0, name=name))
-    return found
-
-
-def _forget_ties(model: nn.Module) -> list[Edit]:
-    """Keeps Hugging Face models from tying head and table again when they are saved, loaded or resized."""
-    found: list[Edit] = []
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        found.append(SetAttribute(config, "tie_word_embeddings", False, name="config.tie_word_embeddings"))
-    if getattr(model, "all_tied_weights_keys", None):
-        found.append(SetAttribute(model, "all_tied_weights_keys", {}, name="all_tied_weights_keys"))
-    return found
-
-
-def _check(model: nn.Module, anatomy: Anatomy, norms: Sequence[str], refuse_dropout: bool) -> None:
-    """Raises :class:`NotPreNormError` for the first part that breaks the equivalence."""
-    if anatomy.embedding_norm is not None:
-        raise NotPreNormError(f"{anatomy.embedding_norm} norms the embedding itself, so its output has a mean")
-    stacks, listed = _stacks(anatomy), {id(model.get_submodule(name)) for name in norms}
-    for block in anatomy.blocks:
-        layer = model.get_submodule(block.name)
-        where, kind = block.name or "the model", type(layer)
-        if block.placement not in ("pre", "parallel"):
-            raise NotPreNormError(f"{where} places its norms {block.placement!r}, and only 'pre' can be converted")
-        pattern = pattern_of(layer)
-        if pattern is None or pattern.family != anatomy.family:
-            raise NotPreNormError(f"{where} is of another family than the first layer ({anatomy.family})")
-        plain = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-        if anatomy.family == "torch.nn" and kind not in plain:
-            raise NotPreNormError(f"{where} is {kind.__name__}, which may do more than torch's own layer")
-        for part in block.sublayers:
-            if part.norm is None:
-                raise NotPreNormError(f"the {part.kind} branch of {where} reads the stream without a norm")
-            _check_norm(model, part.norm, anatomy.hidden_size)
-            _check_writer(model, part.writer)
-            for name in part.dropouts:
-                _check_dropout(name, model.get_submodule(name), refuse_dropout)
-        for name, module in layer.named_modules():
-            shape = getattr(module, "normalized_shape", ())
-            if id(module) not in listed and tuple(shape) == (anatomy.hidden_size,):
-                raise NotPreNormError(f"{where}.{name} is a norm of which it is not known what it reads")
-    if anatomy.family != "torch.nn":
-        if len(stacks) > 1:
-            raise NotPreNormError(f"{stacks[1]} is a second stack of layers, and only one can be converted")
-        if not anatomy.embeddings:
-            raise NotPreNormError(
-                f"{stacks[0] or 'the model'} has no embedding, so what enters the stream is not known"
-            )
-    finals = _stream_norms(model, anatomy)[1]
-    if len(finals) < len(stacks):
-        bare = next((s for s in stacks if f"{s}.norm".lstrip(".") not in finals), "")
-        raise NotPreNormError(
-            f"{bare or 'the model'} has no final norm, so the mean of the stream is part of its output"
-        )
-    for name in finals:
-        _check_norm(model, name, anatomy.hidden_size)
-    for name in anatomy.embeddings:
-        _check_writer(model, name)
-    inside = tuple(block.name + "." for block in anatomy.blocks)
-    for name, module in model.named_modules():
-        ends = any(name == end or name.endswith("." + end) for end in _EMBEDDING_DROPOUTS)
-        if ends and not name.startswith(inside) and anatomy.family != "torch.nn":
-            _check_dropout(name, module, refuse_dropout)
-
-
-def _check_norm(model: nn.Module, name: str, width: int) -> None:
-    norm: Any = model.get_submodule(name)
-    known = type(norm) is nn.LayerNorm or (type(norm) is LayerNorm and norm.dims is None)
-    if not known:
-        raise NotPreNormError(f"{name} is {type(norm).__name__}, not a layer norm")
-    if tuple(norm.normalized_shape) != (width,):
-        raise NotPreNormError(
-            f"{name} normalises {tuple(norm.normalized_shape)}, not the {width} channels of the stream"
-        )
-
-
-def _check_writer(model: nn.Module, name: str) -> None:
-    module = model.get_submodule(name)
-    table = type(module) is nn.Embedding and module.max_norm is None
-    if not table and _output_axis(module) is None:
-        raise NotPreNormError(f"{name} writes to the stream, and {type(module).__name__} cannot be recentred")
-
-
-def _check_dropout(name: str, module: nn.Module, refuse: bool) -> None:
-    if refuse and module.training and getattr(module, "p", 0.0) > 0:
-        raise NotPreNormError(
-            f"{name} drops entries of the stream in training mode, which gives it a mean; call model.eval() first"
-        )
+        getattr(new, hooks).update(getattr(old, hooks))
+    return new.train(old.training)
 
 
 __all__ = [
+    "Finalized",
     "NotPreNormError",
+    "Place",
     "PreRMSNorm",
+    "UnknownFamily",
+    "finalize",
     "recentre_embedding_",
     "recentre_linear_",
+    "rms_like",
     "verify_equivalence",
 ]
