@@ -10,13 +10,21 @@ from typing import Any
 
 from torch import nn
 
-from headway.anatomy import Stack, Sublayer, describe
+from headway.anatomy import Block, Stack, Sublayer, describe
 from headway.anatomy.families import pattern_of
-from headway.norms.layer import LayerNorm
 from headway.norms.rms import CRMSNorm, RMSNorm
 from headway.residual.crms import CompletingRMSNorm
 from headway.residual.recentring import output_axis
-from headway.residual.stream import NotPreNormError, Place, Reader, ReadingNorm, Stream, linear_reader
+from headway.residual.stream import (
+    NotPreNormError,
+    Place,
+    Reader,
+    ReadingNorm,
+    Stream,
+    is_conv1d,
+    is_layer_norm,
+    linear_reader,
+)
 
 _CONVERTED = (RMSNorm, CRMSNorm, CompletingRMSNorm)
 
@@ -52,6 +60,11 @@ def _norms(stack: Stack) -> list[str]:
     return list(dict.fromkeys([*inner, *([stack.final_norm] if stack.final_norm else [])]))
 
 
+def _inputs(module: nn.Module) -> int | None:
+    """How many channels a linear layer reads; None for any other module."""
+    return module.in_features if isinstance(module, nn.Linear) else int(module.nx) if is_conv1d(module) else None  # type: ignore[arg-type]
+
+
 class _StackOf:
     """One stack of a model, looked at for the conversion."""
 
@@ -64,13 +77,23 @@ class _StackOf:
     def norms(self) -> list[ReadingNorm]:
         readers: dict[str, tuple[Reader, ...] | None] = {}
         for block in self.stack.blocks:
+            unlisted = self._unlisted(block)
             for part in block.sublayers:
-                listed = [self._reader(name, part) for name in part.readers]
+                listed = [None if unlisted else self._reader(name, part) for name in part.readers]
                 before = readers.get(part.norm or "", ())
                 known = before is not None and listed and None not in listed
                 readers[part.norm or ""] = (*before, *listed) if known else None  # type: ignore[misc, assignment]
         readers[self.stack.final_norm or ""] = self._heads()
         return [ReadingNorm(name, known) for name, known in readers.items()]
+
+    def _unlisted(self, block: Block) -> bool:
+        """Whether a layer holds linear maps that may read its norms and are not known to (a gate on the attention)."""
+        known = {name for part in block.sublayers for name in (*part.readers, *part.memory_readers, part.writer)}
+        prefix = f"{block.name}." if block.name else ""
+        return any(
+            prefix + name not in known and _inputs(module) == self.stack.hidden_size
+            for name, module in self.model.get_submodule(block.name).named_modules()
+        )
 
     def writers(self) -> list[Place]:
         found = [place for block in self.stack.blocks for part in block.sublayers for place in self._written(part)]
@@ -120,7 +143,7 @@ class _StackOf:
         others = {
             name
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module.in_features == width and not name.startswith(inside)
+            if _inputs(module) == width and not name.startswith(inside)
         }
         pooled = getattr(self.model.get_submodule(owner), "attn_pool", None) is not None
         return None if pooled or others - {*self.stack.heads, *self.stack.embeddings} else tuple(found)  # type: ignore[arg-type]
@@ -158,9 +181,9 @@ class _StackOf:
             raise NotPreNormError(f"{name} has no embedding, so what enters the stream is not known")
         if stack.final_norm is None:
             raise NotPreNormError(f"{name} has no final norm, so the mean of the stream is part of its output")
-        if stack.family == "clip" and stack.final_norm.endswith("post_layernorm"):
-            if not any(head.endswith("visual_projection") for head in stack.heads):
-                raise NotPreNormError(f"{name} gives out its stream before {stack.final_norm}, so its mean is seen")
+        vision = stack.family == "clip" and stack.final_norm.endswith("post_layernorm")
+        if vision and not any(head.endswith("visual_projection") for head in stack.heads):
+            raise NotPreNormError(f"{name} gives out its stream before {stack.final_norm}, so its mean is seen")
         self._check_norm(stack.final_norm)
         for writer in () if self.from_outside else stack.embeddings:
             self._check_writer(writer)
@@ -193,9 +216,8 @@ class _StackOf:
 
     def _check_norm(self, name: str) -> None:
         norm: Any = self.model.get_submodule(name)
-        known = type(norm) is nn.LayerNorm or (type(norm) is LayerNorm and norm.dims is None)
-        if not known:
-            raise NotPreNormError(f"{name} is {type(norm).__name__}, not a layer norm")
+        if not is_layer_norm(norm):
+            raise NotPreNormError(f"{name} is {type(norm).__name__}, not a layer norm over the last axis")
         if tuple(norm.normalized_shape) != (self.stack.hidden_size,):
             raise NotPreNormError(
                 f"{name} normalises {tuple(norm.normalized_shape)}, not the {self.stack.hidden_size} channels of the stream"

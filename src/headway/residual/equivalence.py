@@ -14,20 +14,20 @@ from headway.surgery import Edit
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """``model(**inputs)`` for a mapping, ``model(*inputs)`` for a tuple or list, ``model(inputs)`` for anything else."""
+def unpacked(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword arguments from a tuple or list, a mapping, or a single argument."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def output_of(model: nn.Module, inputs: Any) -> Tensor:
+def output_of(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
     """The main tensor of a model's output in evaluation mode and without gradients; every module's mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            return main_tensor(call(model, inputs))
+            return main_tensor(model(*inputs, **named))
     finally:
         for module, training in modes:
             module.training = training
@@ -42,12 +42,12 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def verify_equivalence(original: nn.Module, converted: nn.Module, *inputs: Any) -> float:
+def verify_equivalence(original: nn.Module, converted: nn.Module, *inputs: Any, **named: Any) -> float:
     """The largest absolute difference between the outputs of two models, both in evaluation mode (put back afterwards).
 
     Of a structured output the logits are compared, else the last hidden state, else the first tensor.
     """
-    return largest_difference(output_of(original, inputs), output_of(converted, inputs))
+    return largest_difference(output_of(original, *inputs, **named), output_of(converted, *inputs, **named))
 
 
 class Verified(Edit):
@@ -55,7 +55,7 @@ class Verified(Edit):
 
     Args:
         model: still unchanged.
-        inputs: see :func:`call`.
+        inputs: see :func:`unpacked`.
         atol: what the outputs may differ by, relative to their standard deviation; by their type (:data:`TOLERANCE`) if None.
 
     Raises:
@@ -63,16 +63,19 @@ class Verified(Edit):
     """
 
     def __init__(self, model: nn.Module, inputs: Any, atol: float | None = None) -> None:
-        self.model, self.inputs, self.name = model, inputs, "(output)"
-        self.before = output_of(model, inputs)
+        self.model, self.inputs, self.name = model, unpacked(inputs), "(output)"
+        self.before = self._output()
         finite = self.before[self.before.isfinite()].double()
         spread = finite.std().item() if finite.numel() > 1 else 1.0
         self.atol = (TOLERANCE.get(self.before.dtype, 1e-5) if atol is None else atol) * (spread or 1.0)
         self.max_abs_diff = 0.0
 
+    def _output(self) -> Tensor:
+        return output_of(self.model, *self.inputs[0], **self.inputs[1])
+
     def do(self) -> None:
         try:
-            after = output_of(self.model, self.inputs)
+            after = self._output()
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise ValueError(
                 f"the changed model cannot be run on the example inputs, so the change was taken back: {error}"

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from headway.residual.axes import operation, shape_of, sources
 from headway.residual.graph import SIZES, Graph
-from headway.residual.stream import NotPreNormError, Place, Reader, ReadingNorm, Stream
+from headway.residual.stream import NotPreNormError, Place, Reader, ReadingNorm, Stream, is_layer_norm
 
 
 class _Blocked(Exception):
@@ -36,15 +36,17 @@ class _Walk:
         through: which inputs a value passes the demand on to.
         writers: the tensors to be recentred, and the operation each one is used in.
         entries: values that are recentred themselves, and the modules they enter.
+        trunk: the stream up to the norm, without what the branches compute.
     """
 
     asked: dict[fx.Node, int] = field(default_factory=dict)
     through: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     writers: list[tuple[fx.Node, Place, fx.Node]] = field(default_factory=list)
     entries: dict[fx.Node, str] = field(default_factory=dict)
+    trunk: set[fx.Node] = field(default_factory=set)
 
     def copy(self) -> _Walk:
-        return _Walk(dict(self.asked), dict(self.through), list(self.writers), dict(self.entries))
+        return _Walk(dict(self.asked), dict(self.through), list(self.writers), dict(self.entries), self.trunk)
 
 
 def foldable(model: nn.Module, inputs: Any, training: bool = False, refuse_dropout: bool = True) -> Stream | None:
@@ -70,6 +72,7 @@ class _Search:
     def __init__(self, graph: Graph, norms: Sequence[fx.Node], training: bool, refuse_dropout: bool) -> None:
         self.graph, self.norms, self.training, self.refuse_dropout = graph, norms, training, refuse_dropout
         self.reasons: dict[fx.Node, str] = {}
+        self.given_up: dict[fx.Node, str] = {}
 
     def run(self) -> Stream:
         walks: dict[fx.Node, _Walk] = {}
@@ -77,17 +80,23 @@ class _Search:
             walk = _Walk()
             try:
                 self._module(norm)
-                self._require(walk, norm.args[0], len(shape_of(norm)) - 1, None, None)  # type: ignore[arg-type]
+                source: Any = norm.args[0]
+                walk.trunk = self._trunk(source, len(shape_of(norm)) - 1)
+                self._require(walk, source, len(shape_of(norm)) - 1, None, None)
                 walks[norm] = walk
             except _Blocked as error:
                 self.reasons[norm] = str(error)
+        blocked = list(self.reasons)
         while (bad := self._read_otherwise(walks)) is not None:
             node, reason = bad
             for norm in [norm for norm, walk in walks.items() if node in walk.asked]:
                 self.reasons[norm] = reason
-                del walks[norm]
+                self.given_up.update(dict.fromkeys(walks.pop(norm).asked, reason))
         if not walks:
-            raise NotPreNormError(self.reasons[self.graph.first(self.reasons)])
+            # what could not be recentred explains more than what then read it, and small norms (of queries) explain nothing
+            widest = max(shape_of(norm)[-1] for norm in self.norms)
+            telling = [norm for norm in blocked if shape_of(norm)[-1] == widest] or list(self.reasons)
+            raise NotPreNormError(self.reasons[self.graph.first(telling)])
         return self._stream(walks)
 
     def _stream(self, walks: dict[fx.Node, _Walk]) -> Stream:
@@ -111,12 +120,10 @@ class _Search:
 
     def _module(self, norm: fx.Node) -> None:
         path = self.graph.path(norm)
-        if not isinstance(self.graph.model.get_submodule(path), nn.LayerNorm):
+        if not is_layer_norm(self.graph.model.get_submodule(path)):
             raise _Blocked(
-                f"{path or 'the model'} calls layer_norm as a function, and no module stands there to be replaced"
+                f"{path or 'the model'} calls a layer norm that is no module over the last axis, so nothing can be put in its place"
             )
-        if len(norm.args[1]) != 1:  # type: ignore[arg-type]
-            raise _Blocked(f"{path} normalises {len(norm.args[1])} axes, not the channels of a stream alone")  # type: ignore[arg-type]
 
     def _where(self, node: fx.Node) -> str:
         return self.graph.path(node) or "the model's own forward"
@@ -129,7 +136,7 @@ class _Search:
             return
         walk.asked[node] = axis
         walk.through[node] = set()
-        entry = self._entry(node, axis) if gate is None and after is None else None
+        entry = self._entry(walk, node, axis) if gate is None and after is None else None
         if entry is not None and self.training:
             walk.entries[node] = entry
             return
@@ -248,7 +255,7 @@ class _Search:
             )
         return after
 
-    def _entry(self, node: fx.Node, axis: int) -> str | None:
+    def _entry(self, walk: _Walk, node: fx.Node, axis: int) -> str | None:
         """The module that a value enters as a whole, if it is the last axis and what no norm of the same stream has led to."""
         if axis != len(shape_of(node)) - 1 or not node.users:
             return None
@@ -269,14 +276,18 @@ class _Search:
             return None
         if not self.graph.called_once(module):
             return None
+        past = self.graph.before(node)
+        return None if any(norm in past and norm.args[0] in walk.trunk for norm in self.norms) else module
+
+    def _trunk(self, node: fx.Node, axis: int) -> set[fx.Node]:
+        """Everything of which a value is a sum, a piece or a layout."""
         trunk, waiting = {node}, [(node, axis)]
         while waiting:
             for source, along in sources(*waiting.pop()) or ():
                 if source not in trunk:
                     trunk.add(source)
                     waiting.append((source, along))
-        past = self.graph.before(node)
-        return None if any(norm in past and norm.args[0] in trunk for norm in self.norms) else module
+        return trunk
 
     def _read_otherwise(self, walks: dict[fx.Node, _Walk]) -> tuple[fx.Node, str] | None:
         """The first value of a stream that something reads which would notice its mean, and what that is."""
@@ -297,6 +308,8 @@ class _Search:
                 )
                 if inner or operation(user) in SIZES or node in through.get(user, ()):
                     continue
+                if user in self.given_up:
+                    return node, self.given_up[user]
                 if user.op == "output":
                     return node, "the stream itself is an output of the model, without a final norm"
                 return node, f"{self._where(user)} reads the stream without a norm ({operation(user)})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from headway.norms.layer import LayerNorm
 from headway.residual.axes import operation, shape_of
+from headway.residual.equivalence import unpacked
 from headway.residual.stream import NotPreNormError, Reader
 
 # they look at the sizes of a value, not at its numbers
@@ -44,8 +45,7 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+        args, kwargs = unpacked(inputs)
         self.model = model
         with _as_plain_torch(model):
             try:

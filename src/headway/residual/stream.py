@@ -6,10 +6,15 @@ All by qualified name, so that the answer is plain data. :mod:`headway.residual.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headway.norms.layer import LayerNorm
 
 
 class NotPreNormError(ValueError):
@@ -99,3 +104,26 @@ def linear_reader(model: nn.Module, name: str) -> Reader | None:
     if isinstance(module, nn.Linear):
         return Reader(name)
     return Reader(name, axis=0) if is_conv1d(module) else None
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether a module computes the layer norm over its last axis.
+
+    Subclasses of other libraries (timm has one) are recognised by what they compute on a small random input.
+    """
+    if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+        return False
+    if type(module) is nn.LayerNorm or type(module) is LayerNorm:
+        return getattr(module, "dims", None) is None
+    random = torch.Generator().manual_seed(0)
+    twin, shape = copy.copy(module), module.normalized_shape
+    held = {key: torch.randn(shape, generator=random) for key, old in module._parameters.items() if old is not None}
+    twin.__dict__["_parameters"] = {key: held.get(key) for key in module._parameters}
+    x = 3 + torch.randn(2, 5, *shape, generator=random)
+    try:
+        with torch.no_grad():
+            theirs = twin.forward(x)
+    except Exception:
+        return False
+    same = F.layer_norm(x, shape, held.get("weight"), held.get("bias"), module.eps)
+    return isinstance(theirs, Tensor) and theirs.shape == x.shape and torch.allclose(theirs, same, rtol=1e-4, atol=1e-5)
