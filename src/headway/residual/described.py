@@ -84,6 +84,10 @@ class _StackOf:
                 known = before is not None and listed and None not in listed
                 readers[part.norm or ""] = (*before, *listed) if known else None  # type: ignore[misc, assignment]
         readers[self.stack.final_norm or ""] = self._heads()
+        for name, known in readers.items():
+            shifts = self.model.get_submodule(name)._parameters.get("bias") is not None
+            if shifts and known and not all(reader.bias for reader in known):
+                readers[name] = None
         return [ReadingNorm(name, known) for name, known in readers.items()]
 
     def _unlisted(self, block: Block) -> bool:

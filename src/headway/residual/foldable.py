@@ -36,17 +36,15 @@ class _Walk:
         through: which inputs a value passes the demand on to.
         writers: the tensors to be recentred, and the operation each one is used in.
         entries: values that are recentred themselves, and the modules they enter.
-        trunk: the stream up to the norm, without what the branches compute.
     """
 
     asked: dict[fx.Node, int] = field(default_factory=dict)
     through: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     writers: list[tuple[fx.Node, Place, fx.Node]] = field(default_factory=list)
     entries: dict[fx.Node, str] = field(default_factory=dict)
-    trunk: set[fx.Node] = field(default_factory=set)
 
     def copy(self) -> _Walk:
-        return _Walk(dict(self.asked), dict(self.through), list(self.writers), dict(self.entries), self.trunk)
+        return _Walk(dict(self.asked), dict(self.through), list(self.writers), dict(self.entries))
 
 
 def foldable(model: nn.Module, inputs: Any, training: bool = False, refuse_dropout: bool = True) -> Stream | None:
@@ -81,7 +79,6 @@ class _Search:
             try:
                 self._module(norm)
                 source: Any = norm.args[0]
-                walk.trunk = self._trunk(source, len(shape_of(norm)) - 1)
                 self._require(walk, source, len(shape_of(norm)) - 1, None, None)
                 walks[norm] = walk
             except _Blocked as error:
@@ -92,12 +89,20 @@ class _Search:
             for norm in [norm for norm, walk in walks.items() if node in walk.asked]:
                 self.reasons[norm] = reason
                 self.given_up.update(dict.fromkeys(walks.pop(norm).asked, reason))
+        residual = {node for norm, walk in walks.items() if self._deep(norm) for node in walk.asked}
+        for norm in [norm for norm, walk in walks.items() if not residual & walk.asked.keys()]:
+            self.reasons[norm] = f"{self.graph.path(norm)} reads no residual stream that could be recentred"
+            del walks[norm]
         if not walks:
             # what could not be recentred explains more than what then read it, and small norms (of queries) explain nothing
             widest = max(shape_of(norm)[-1] for norm in self.norms)
             telling = [norm for norm in blocked if shape_of(norm)[-1] == widest] or list(self.reasons)
             raise NotPreNormError(self.reasons[self.graph.first(telling)])
         return self._stream(walks)
+
+    def _deep(self, norm: fx.Node) -> bool:
+        """Whether a branch with a norm of its own has been added to what a norm reads."""
+        return not self.graph.before(norm).isdisjoint(self.norms)
 
     def _stream(self, walks: dict[fx.Node, _Walk]) -> Stream:
         calls: dict[str, list[fx.Node]] = {}
@@ -136,7 +141,7 @@ class _Search:
             return
         walk.asked[node] = axis
         walk.through[node] = set()
-        entry = self._entry(walk, node, axis) if gate is None and after is None else None
+        entry = self._entry(node, axis) if gate is None and after is None else None
         if entry is not None and self.training:
             walk.entries[node] = entry
             return
@@ -255,7 +260,7 @@ class _Search:
             )
         return after
 
-    def _entry(self, walk: _Walk, node: fx.Node, axis: int) -> str | None:
+    def _entry(self, node: fx.Node, axis: int) -> str | None:
         """The module that a value enters as a whole, if it is the last axis and what no norm of the same stream has led to."""
         if axis != len(shape_of(node)) - 1 or not node.users:
             return None
@@ -276,30 +281,31 @@ class _Search:
             return None
         if not self.graph.called_once(module):
             return None
-        past = self.graph.before(node)
-        return None if any(norm in past and norm.args[0] in walk.trunk for norm in self.norms) else module
-
-    def _trunk(self, node: fx.Node, axis: int) -> set[fx.Node]:
-        """Everything of which a value is a sum, a piece or a layout."""
+        # a norm may lie behind it as the last step of an embedding, and not as the first of a branch
         trunk, waiting = {node}, [(node, axis)]
         while waiting:
             for source, along in sources(*waiting.pop()) or ():
                 if source not in trunk:
                     trunk.add(source)
                     waiting.append((source, along))
-        return trunk
+        past = self.graph.before(node)
+        return None if any(norm in past and norm not in trunk for norm in self.norms) else module
 
     def _read_otherwise(self, walks: dict[fx.Node, _Walk]) -> tuple[fx.Node, str] | None:
         """The first value of a stream that something reads which would notice its mean, and what that is."""
         asked: dict[fx.Node, int] = {}
         through: dict[fx.Node, set[fx.Node]] = {}
         uses: dict[tuple[fx.Node, tuple[str, str]], set[fx.Node]] = {}
+        places: dict[tuple[str, str], Place] = {}
         for walk in walks.values():
             for node, axis in walk.asked.items():
                 if asked.setdefault(node, axis) != axis:
                     return node, f"what {self._where(node)} computes is read along two different axes"
                 through.setdefault(node, set()).update(walk.through[node])
             for tensor, place, use in walk.writers:
+                if places.setdefault((place.owner, place.attribute), place) != place:
+                    between = ".".join(place.gate) if place.gate else place.after or "a gain"
+                    return use, f"{between} acts on the stream itself, which is read before and after it"
                 uses.setdefault((tensor, (place.owner, place.attribute)), set()).add(use)
         for node in sorted(asked, key=self.graph._order.__getitem__):
             for user in node.users:
@@ -310,15 +316,25 @@ class _Search:
                     continue
                 if user in self.given_up:
                     return node, self.given_up[user]
-                if user.op == "output":
+                reader = self._first_reader(node, asked[node], user)
+                if reader.op == "output":
                     return node, "the stream itself is an output of the model, without a final norm"
-                return node, f"{self._where(user)} reads the stream without a norm ({operation(user)})"
+                return node, f"{self._where(reader)} reads the stream without a norm ({operation(reader)})"
         for (tensor, slot), known in uses.items():
             users = [user for user in self.graph.users(tensor, slot) if operation(user) not in SIZES]
             if others := [user for user in users if user not in known]:
                 node = self.graph.first(one for one in known if one in asked)
                 return node, f"{'.'.join(slot)} also serves {self._where(others[0])}, which is no writer"
         return None
+
+    def _first_reader(self, node: fx.Node, axis: int, user: fx.Node) -> fx.Node:
+        """The first operation that does something else with a stream than to go on as one."""
+        while user.op != "output" and (along := self._forwards(user, node, axis)) is not None:
+            further = [one for one in user.users if operation(one) not in (*SIZES, "layer_norm")]
+            if not further:
+                break
+            node, axis, user = user, along, further[0]
+        return user
 
     def _readers(self, path: str, norms: Sequence[fx.Node]) -> tuple[Reader, ...] | None:
         """Every linear map that reads a norm's output; None where anything else does."""
@@ -370,6 +386,6 @@ class _Search:
     def _forwards(self, user: fx.Node, node: fx.Node, axis: int) -> int | None:
         """The axis of ``user`` along which the channels of ``node`` lie."""
         for candidate in range(len(shape_of(user))):
-            if sources(user, candidate) == [(node, axis)]:
+            if (node, axis) in (sources(user, candidate) or ()):
                 return candidate
         return None

@@ -148,8 +148,8 @@ class Graph:
         owner, attribute = held
         module = self.model.get_submodule(owner)
         if bias is None:
-            known = {nn.Linear: "bias", nn.MultiheadAttention: "in_proj_bias"}
-            name = next((name for base, name in known.items() if isinstance(module, base)), "")
+            # torch's fused attention wants all of its biases or none, so it is given no new one
+            name = "bias" if isinstance(module, nn.Linear) else ""
         else:
             held = self.tensor(bias, node)
             if held is None or held[0] != owner:

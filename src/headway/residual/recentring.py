@@ -112,6 +112,10 @@ class Parametrize(Edit):
         parametrize.register_parametrization(self.owner, self.attribute, Recentre(self.axis).train(self.owner.training))
 
     def undo(self) -> None:
+        # copies of a module share the class that torch made for it, and removing would break them
+        shared = type(self.owner)
+        own = {key: value for key, value in shared.__dict__.items() if key not in ("__dict__", "__weakref__")}
+        self.owner.__class__ = type(shared.__name__, shared.__bases__, own)
         parametrize.remove_parametrizations(self.owner, self.attribute, leave_parametrized=False)
         table = self.owner._parameters
         ordered = {key: table[key] for key in self._order if key in table}

@@ -51,7 +51,7 @@ class Reader:
 
     Attributes:
         owner: the module that holds it.
-        weight, bias: the names of its parameters in that module.
+        weight, bias: the names of its parameters in that module; no name for a bias that it lacks and cannot be given.
         axis: the axis of the weight along which its inputs lie; its outputs lie along the other.
         rows: the outputs that read this norm, (first, end), where the others read something else; None for all of them.
     """
@@ -100,7 +100,8 @@ def linear_reader(model: nn.Module, name: str) -> Reader | None:
     """How a linear layer, or an ``nn.MultiheadAttention`` that attends to its own input, reads; None for any other module."""
     module: Any = model.get_submodule(name)
     if isinstance(module, nn.MultiheadAttention):
-        return Reader(name, "in_proj_weight", "in_proj_bias") if module.in_proj_weight is not None else None
+        bias = "" if module.in_proj_bias is None else "in_proj_bias"
+        return Reader(name, "in_proj_weight", bias) if module.in_proj_weight is not None else None
     if isinstance(module, nn.Linear):
         return Reader(name)
     return Reader(name, axis=0) if is_conv1d(module) else None
