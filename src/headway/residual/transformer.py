@@ -49,8 +49,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length = x.shape[:2]
+        y = self.qkv(x)
         # the stream may be narrower than the heads together (Pre-CRMSNorm)
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        size = y.shape[-1] // (3 * self.heads)
+        q, k, v = y.view(batch, length, 3, self.heads, size).permute(2, 0, 3, 1, 4)
         drop = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=self.causal and length > 1)
         return self.out(y.transpose(1, 2).flatten(2))
