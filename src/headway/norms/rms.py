@@ -75,12 +75,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if not self.cast_before_gain or self.weight is None or x.dtype in (torch.float32, torch.float64):
-            return rms_norm(x, self.normalized_shape, self.weight, self.bias, eps, offset=float(self.gain_offset))
+        # looking parameters up as attributes of a module costs a quarter of the norm of a short row
+        held = self._parameters
+        weight = held["weight"] if "weight" in held else self.weight  # noqa: SIM401
+        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401
+        if not self.cast_before_gain or weight is None or x.dtype in (torch.float32, torch.float64):
+            return rms_norm(x, self.normalized_shape, weight, bias, eps, offset=self.gain_offset)
         y = rms_norm(x, self.normalized_shape, None, None, eps) * (
-            self.weight + self.gain_offset if self.gain_offset else self.weight
+            weight + self.gain_offset if self.gain_offset else weight
         )
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"

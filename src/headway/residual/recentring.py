@@ -115,7 +115,8 @@ class Parametrize(Edit):
         # copies of a module share the class that torch made for it, and removing would break them
         shared = type(self.owner)
         own = {key: value for key, value in shared.__dict__.items() if key not in ("__dict__", "__weakref__")}
-        self.owner.__class__ = type(shared.__name__, shared.__bases__, own)
+        alone: Any = type(shared.__name__, shared.__bases__, own)
+        self.owner.__class__ = alone
         parametrize.remove_parametrizations(self.owner, self.attribute, leave_parametrized=False)
         table = self.owner._parameters
         ordered = {key: table[key] for key in self._order if key in table}
