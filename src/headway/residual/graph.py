@@ -184,6 +184,10 @@ def _bare(path: str) -> str:
     return re.sub(r"@\d+", "", path)
 
 
+def _listen(module: nn.Module, args: tuple, output: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _as_plain_torch(model: nn.Module) -> Iterator[None]:
     """Layer norms of headway as torch's, no caches, no fused inference paths: what the graph then shows is the plain mathematics."""
@@ -191,6 +195,8 @@ def _as_plain_torch(model: nn.Module) -> Iterator[None]:
     config = getattr(model, "config", None)
     cached = [part for part in (config, getattr(config, "decoder", None)) if getattr(part, "use_cache", False)]
     fused = torch.backends.mha.get_fastpath_enabled()
+    # a norm that is listened to is not fused away with the addition before it
+    listeners = [m.register_forward_hook(_listen) for m in model.modules() if isinstance(m, nn.LayerNorm)]
     try:
         for module in ours:
             module.__class__ = nn.LayerNorm
@@ -200,6 +206,8 @@ def _as_plain_torch(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
+        for listener in listeners:
+            listener.remove()
         for module in ours:
             module.__class__ = LayerNorm
         for part in cached:
