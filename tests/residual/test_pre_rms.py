@@ -13,6 +13,7 @@ from headway.residual.equivalence import output_of
 from headway.residual.pre_rms import (
     NotPreNormError,
     PreRMSNorm,
+    finalize,
     recentre_embedding_,
     recentre_linear_,
     verify_equivalence,
@@ -189,12 +190,16 @@ def test_the_plan_names_what_changes_and_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "vit"])
-def test_a_converted_model_comes_back_from_disk(name, tmp_path):
+@pytest.mark.parametrize("form", ["baked", "compressed", "parametrized", "finalized"])
+def test_a_converted_model_comes_back_from_disk(name, form, tmp_path):
     model = sample(name)
     if name == "gpt2":
         # the usual dropout is in the configuration, and loading builds the model in training mode
-        model.config.resid_pdrop = 0.1
-    hw.apply(model, PreRMSNorm())
+        model.config.resid_pdrop = 0.1 if form in ("baked", "compressed") else 0.0
+    trained = form in ("parametrized", "finalized")
+    hw.apply(model, PreRMSNorm(mode="parametrized") if trained else PreRMSNorm(compress=form == "compressed"))
+    if form == "finalized":
+        finalize(model)
     model.save_pretrained(tmp_path, save_original_format=False)
     assert torch.equal(run(name, load_pretrained(tmp_path)), run(name, model))
 

@@ -53,10 +53,11 @@ _MARK = "_pre_rms_stream"
 class PreRMSNorm(Technique):
     """Turns a Pre-LN transformer into a Pre-RMSNorm (or Pre-CRMSNorm) transformer that computes the same.
 
-    Works on Hugging Face GPT-2, GPT-NeoX and ViT, on ``nn.TransformerEncoder``/``Decoder`` with ``norm_first=True`` and a final
-    norm, and on headway's own decoder placed "pre"; any other Pre-LN model is traced on ``example_inputs``
-    (:mod:`headway.residual.foldable`). A head tied to the token table keeps the old table as its own when the table is recentred.
-    Where a stream comes from outside the model, the first layer takes the mean off it.
+    Works on Hugging Face GPT-2, GPT-J, GPT-NeoX, OPT (Pre-LN sizes), Phi, ViT, CLIP and Whisper, on timm's ViT, on
+    ``nn.TransformerEncoder``/``Decoder`` with ``norm_first=True`` and a final norm, and on headway's own decoder placed "pre"; any
+    other Pre-LN model is traced on ``example_inputs`` (:mod:`headway.residual.foldable`), a Hugging Face model on a batch made up
+    for it. A head tied to the token table keeps the old table as its own when the table is recentred. Where a stream comes from
+    outside the model, from a nonlinearity or from a norm, the first layer takes the mean off it.
 
     Args:
         mode: "baked" recentres the weights once, for inference; "parametrized" recentres them inside the graph at every forward,
