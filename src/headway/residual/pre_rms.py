@@ -32,7 +32,6 @@ from headway.residual.crms import CompletingRMSNorm, narrow_attention
 from headway.residual.described import described
 from headway.residual.equivalence import Verified, verify_equivalence
 from headway.residual.foldable import foldable
-from headway.residual.layers import fused_layers_off, nested_tensors_off
 from headway.residual.recentring import (
     Bake,
     CentreActivation,
@@ -44,7 +43,7 @@ from headway.residual.recentring import (
 )
 from headway.residual.reweighting import Reweighting
 from headway.residual.stream import NotPreNormError, Place, Stream
-from headway.surgery import Edit, SetAttribute, Site, Swap, Technique, apply
+from headway.surgery import Edit, SetAttribute, Site, Swap, Technique, apply, fused_paths_off
 
 _MARK = "_pre_rms_stream"
 
@@ -121,7 +120,7 @@ class PreRMSNorm(Technique):
         for name in stream.outputs:
             found.append(CentreActivation(model, name, "exit", self.compress))
         found += [Kept(model.get_submodule(name), name, reason) for name, reason in stream.skipped]
-        found += [*nested_tensors_off(model), *fused_layers_off(model, {norm.name for norm in stream.norms})]
+        found += fused_paths_off(model, [model.get_submodule(norm.name) for norm in stream.norms])
         found += record(model, replace(self, example_inputs=None, refuse_dropout=False))
         if self.verify and self.example_inputs is not None:
             found.append(Verified(model, self.example_inputs, self.atol))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.residual.layers import twin
 from headway.residual.recentring import recentred
 from headway.residual.stream import Place, Reader, is_conv1d
 from headway.surgery import Edit, SetAttribute, SetParameter, Swap
@@ -162,6 +161,15 @@ class Reweighting:
         changed._buffers.update({key: value for key, value in new.items() if not isinstance(value, nn.Parameter)})
         resize(changed)
         return [_Reweighted(self.model, name, module, changed, labels, others)]
+
+
+def twin(module: nn.Module) -> Any:
+    """Another module of the same class that holds the very same children, parameters and buffers in tables of its own."""
+    new = type(module).__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    for table in ("_modules", "_parameters", "_buffers"):
+        new.__dict__[table] = dict(module.__dict__[table])
+    return new
 
 
 def resize(module: Any) -> None:
