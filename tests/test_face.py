@@ -5,7 +5,15 @@ import pytest
 import headway as hw
 from headway import catalogue
 
-ROOMS = ["headway", "headway.norms", "headway.residual", "headway.functional", "headway.signals", "headway.trials"]
+ROOMS = [
+    "headway",
+    "headway.norms",
+    "headway.optim",
+    "headway.residual",
+    "headway.functional",
+    "headway.signals",
+    "headway.trials",
+]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -34,6 +34,7 @@ _NAMES = {
     "methods": "headway.catalogue",
     "technique": "headway.catalogue",
     # techniques
+    "UseOptimizer": "headway.optim.use",
     "PeriLN": "headway.residual.peri_ln",
     "MixLN": "headway.residual.mix_ln",
     "Placement": "headway.residual.placement",
@@ -43,6 +44,7 @@ _NAMES = {
     "FoldNorms": "headway.norms.fold",
     # rooms
     "norms": "headway.norms:",
+    "optim": "headway.optim:",
     "residual": "headway.residual:",
     "signals": "headway.signals:",
     "tasks": "headway.tasks:",

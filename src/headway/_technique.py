@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from headway._edits import Edit, Swap, fused_paths_off
@@ -21,6 +22,8 @@ class Technique:
 
     looks_for: ClassVar[str] = "modules it can change"
     undoable: ClassVar[bool] = True
+    changes_model: ClassVar[bool] = True
+    """False for what concerns the optimiser alone: an arm of ``hw.compare``, nothing for ``hw.apply``."""
 
     def change(self, site: Site) -> nn.Module | None:
         """The module that takes the place of ``site.module``, or None to leave it. Reuse its Parameter objects where their
@@ -39,6 +42,12 @@ class Technique:
                 inside_replaced.update(id(module) for module in site.module.modules())
                 found.append(Swap(model, site.name, site.module, like(site, new)))
         return found
+
+    def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimiser to train the changed model with: ``optimizer`` itself, perhaps with hooks attached to its step, or
+        another one made from its parameter groups. ``hw.compare`` calls it once, before training, with the task's optimiser;
+        ``hw.apply(..., optimizer=)`` with the user's, which must come back."""
+        return optimizer
 
     def settings(self) -> dict[str, Any]:
         """The fields and their values."""

@@ -8,6 +8,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim import Optimizer
+
+from headway.optim.use import UseOptimizer
 from headway.surgery import Replace, Technique
 from headway.tasks.names import parse
 
@@ -20,7 +23,7 @@ class Method:
         key: its name on the command line ("peri-ln").
         name: its name for people.
         paper, year, arxiv: where it comes from.
-        technique: "module:Class" of what ``apply`` takes, or None where the system is a tool.
+        technique: "module:Class" of what ``apply`` takes, or of an optimiser, or None where the system is a tool.
         takes: what a model must hold for it.
         use: when to reach for it, one line.
         see: "module" whose docstring is its page.
@@ -143,6 +146,17 @@ _METHODS = [
         "train very deep residual nets without normalisation, and see which orders of paths matter",
         "headway.residual.depth",
     ),
+    Method(
+        "adam-p",
+        "AdamP and SGDP",
+        "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",
+        2021,
+        "2006.08217",
+        "headway.optim.adamp:AdamP",
+        "any parameters, in place of AdamW or SGD",
+        "keep the effective step of networks with normalisation from dying as weights grow",
+        "headway.optim.adamp",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 
@@ -176,6 +190,8 @@ def technique(key: str, **settings: Any) -> Technique:
     module, _, name = row.technique.partition(":")
     kind = getattr(importlib.import_module(module), name)
     settings = {**written, **settings}
+    if issubclass(kind, Optimizer):
+        return UseOptimizer(kind, **settings)
     if not issubclass(kind, Technique):
         return Replace(kind, **settings)
     accepted = inspect.signature(kind).parameters

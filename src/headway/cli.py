@@ -232,6 +232,8 @@ def show(key: Annotated[str, typer.Argument(help="A key of `headway methods`.")]
     """Explain one technique: what it does, its settings, its paper."""
     import importlib
 
+    import torch
+
     from headway.catalogue import method
 
     row = method(key)
@@ -245,7 +247,10 @@ def show(key: Annotated[str, typer.Argument(help="A key of `headway methods`.")]
         module, _, name = row.technique.partition(":")
         kind = getattr(importlib.import_module(module), name)
         text.append(f"```\n{name}{inspect.signature(kind)}\n\n{inspect.getdoc(kind) or ''}\n```")
-        text.append(f'```python\nimport headway as hw\nmodel = hw.apply(model, hw.technique("{row.key}"))\n```')
+        call = f'model = hw.apply(model, hw.technique("{row.key}"))'
+        if issubclass(kind, torch.optim.Optimizer):
+            call = f"optimizer = hw.optim.{name}(model.parameters(), lr=1e-3)"
+        text.append(f"```python\nimport headway as hw\n{call}\n```")
     out.print(Markdown("\n\n".join(text)))
 
 

@@ -60,8 +60,16 @@ def as_technique(what: Technique | type) -> Technique:
         return what()
     if isinstance(what, type) and issubclass(what, nn.Module):
         return Replace(what)
+    if isinstance(what, type) and issubclass(what, torch.optim.Optimizer):
+        raise TypeError(_no_model_change(what.__name__))
     raise TypeError(
         f"a technique was expected, such as hw.PeriLN() or hw.norms.LayerNorm, not {what!r}; hw.methods() lists them all"
+    )
+
+
+def _no_model_change(name: str) -> str:
+    return (
+        f"{name} is an optimiser and changes no model; build it from model.parameters(), or name it as an arm of hw.compare"
     )
 
 
@@ -94,6 +102,8 @@ def apply(
         )
     chosen = tuple(as_technique(technique) for technique in techniques)
     refuse_wrapped(model)
+    if idle := [technique.label() for technique in chosen if not technique.changes_model]:
+        raise TypeError(_no_model_change(idle[0]))
     if copy:
         if optimizer is not None:
             raise ValueError(
@@ -106,6 +116,8 @@ def apply(
     remember(model, [*former, step])
     if optimizer is not None:
         repoint(optimizer, model, step.edits, owners)
+        for technique in chosen:
+            technique.optimize(model, optimizer)
     logger.info("%s", step.plan())
     return model
 

@@ -1,7 +1,9 @@
 import pytest
+import torch
 from torch import nn
 
-from headway.surgery import Replace
+from headway.optim import AdamP
+from headway.surgery import Replace, apply
 from headway.trials.arms import Arm, arm, arms
 from headway.trials.budget import Budget
 
@@ -38,6 +40,38 @@ def test_a_layer_class_stands_for_its_replacement():
     (technique,) = arm(Half).techniques
     assert isinstance(technique, Replace)
     assert isinstance(arm(Half).build(nn.Sequential(nn.Tanh()))[0], Half)
+
+
+def test_an_optimiser_class_or_its_python_path_trains_in_place_of_the_tasks_own():
+    model = nn.Linear(3, 2)
+    own = torch.optim.AdamW([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5, "weight_decay": 0.0}], 0.1)
+    for what, lr in ((AdamP, 0.1), ("adam-p(delta=0.2)", 0.1), ("headway.optim:AdamP(lr=0.3)", 0.3)):
+        made = arm(what)
+        assert made.plan(model) is None and made.build(model) is model
+        found = made.optimize(model, own)
+        assert isinstance(found, AdamP)
+        assert [group["lr"] for group in found.param_groups] == ([lr, 0.5] if lr == 0.1 else [lr, lr])
+        assert [group["weight_decay"] for group in found.param_groups] == [0.01, 0.0]
+    assert isinstance(arm("torch.optim:SGD(momentum=0.9)").optimize(model, own), torch.optim.SGD)
+    assert arm("baseline").optimize(model, own) is own
+    assert arm(AdamP).identity() != arm(torch.optim.AdamW).identity()
+    both = arm("headway.norms:LayerNorm+adam-p")
+    assert [technique.changes_model for technique in both.techniques] == [True, False]
+    with pytest.raises(TypeError, match="has no setting rate; it takes lr"):
+        arm("adam-p(rate=1)")
+    for wrong in (AdamP, arm(AdamP).techniques[0]):
+        with pytest.raises(TypeError, match="is an optimiser and changes no model"):
+            apply(model, wrong)
+
+
+def test_a_run_is_trained_with_the_optimiser_of_its_arm(children, tmp_path):
+    from headway.trials.compare import compare
+
+    options = {"seeds": 1, "budget": 3, "device": "cpu", "progress": False, "probe": False}
+    found = compare(children.Tiny(), ["baseline", "adam-p", "torch.optim:SGD"], store=tmp_path / "s.sqlite", **options)
+    losses = [found.curves(label, 0)["loss"] for label in ("baseline", "adam-p", "torch.optim:SGD")]
+    assert losses[0][0] == losses[1][0] == losses[2][0]
+    assert losses[0][2] != losses[1][2] != losses[2][2]
 
 
 def test_one_comma_separated_string_lists_arms():

@@ -125,7 +125,7 @@ def get(what: str | Task, **settings: Any) -> Task:
         raise ValueError(
             f"there is no task {key!r}; did you mean {' or '.join(near)}? Your own is named pkg.module:make_task"
         )
-    made = _load(path)
+    made = by_path(path)
     if not callable(made):
         return check(made, key)
     _check_settings(key, made, settings)
@@ -148,7 +148,8 @@ def check(task: Any, name: str = "") -> Task:
     return task
 
 
-def _load(path: str) -> Callable[..., Any] | Any:
+def by_path(path: str) -> Callable[..., Any] | Any:
+    """What a Python path names: ``"pkg.module:name"``; ValueError where it leads nowhere."""
     module_name, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:
         # A console script does not search the working directory, where a user's own module lies.
@@ -163,9 +164,7 @@ def _load(path: str) -> Callable[..., Any] | Any:
         raise
     for part in attribute.split("."):
         if not hasattr(value, part):
-            raise ValueError(
-                f"{path!r} was not found: {module_name} has no {attribute!r}; write module:name of a task factory"
-            )
+            raise ValueError(f"{path!r} was not found: {module_name} has no {attribute!r}; write pkg.module:name")
         value = getattr(value, part)
     return value
 

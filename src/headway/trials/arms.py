@@ -1,4 +1,4 @@
-"""An arm of a comparison: a name, and the techniques that make it different from the task's own model."""
+"""An arm of a comparison: a name, and the techniques that make it different from the task's own model and optimiser."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from headway.surgery import Plan, Technique, apply, as_technique, plan
+from headway.optim.use import UseOptimizer
+from headway.surgery import Plan, Replace, Technique, apply, as_technique, plan
 from headway.tasks.names import parse, split
+from headway.tasks.task import by_path
 
 BASELINE = "baseline"
 
@@ -23,11 +26,20 @@ class Arm:
 
     def build(self, model: nn.Module) -> nn.Module:
         """The model changed by this arm."""
-        return apply(model, *self.techniques) if self.techniques else model
+        return apply(model, *chosen) if (chosen := self._on_the_model()) else model
 
     def plan(self, model: nn.Module) -> Plan | None:
-        """What :meth:`build` would do; None for the baseline. Leaves the model alone."""
-        return plan(model, *self.techniques) if self.techniques else None
+        """What :meth:`build` would do; None where it would do nothing. Leaves the model alone."""
+        return plan(model, *chosen) if (chosen := self._on_the_model()) else None
+
+    def optimize(self, model: nn.Module, optimizer: Optimizer) -> Optimizer:
+        """The optimiser this arm trains its changed model with, from the task's own."""
+        for technique in self.techniques:
+            optimizer = technique.optimize(model, optimizer)
+        return optimizer
+
+    def _on_the_model(self) -> list[Technique]:
+        return [technique for technique in self.techniques if technique.changes_model]
 
     def identity(self) -> list[Any]:
         """What tells this arm from another, independent of its label: each technique's label and all its settings."""
@@ -38,8 +50,8 @@ class Arm:
 
 
 def arm(what: Any, label: str | None = None) -> Arm:
-    """An arm from ``"baseline"``, ``"peri-ln"``, ``"mix-ln(alpha=0.5)+layer-norm"``, a technique, a layer class, or a
-    list of any of these.
+    """An arm from ``"baseline"``, ``"peri-ln"``, ``"mix-ln(alpha=0.5)+adam-p"``, a technique, a layer class, an optimiser class,
+    the Python path of one of these with its settings (``"torch.optim:SGD(lr=0.1)"``), or a list of any of them.
 
     Raises:
         ValueError: an unknown name, or settings that cannot be read.
@@ -58,7 +70,7 @@ def arm(what: Any, label: str | None = None) -> Arm:
                 techniques.append(_named(word))
                 labels.append(word)
         else:
-            techniques.append(as_technique(part))
+            techniques.append(_technique(part))
             labels.append(techniques[-1].label())
     return Arm(label or "+".join(labels) or BASELINE, tuple(techniques))
 
@@ -93,4 +105,15 @@ def _named(word: str) -> Technique:
     from headway.catalogue import technique
 
     key, settings = parse(word)
-    return technique(key, **settings)
+    return _technique(by_path(key), **settings) if ":" in key else technique(key, **settings)
+
+
+def _technique(what: Any, **settings: Any) -> Technique:
+    if isinstance(what, type) and issubclass(what, Optimizer):
+        return UseOptimizer(what, **settings)
+    if not settings:
+        return as_technique(what)
+    if isinstance(what, type) and issubclass(what, nn.Module):
+        return Replace(what, **settings)
+    made: Any = what(**settings) if callable(what) else what
+    return as_technique(made)

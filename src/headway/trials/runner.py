@@ -115,7 +115,7 @@ class Run:
         self._write_facts(model, plan, begun["facts"])
         if job.probe and "start" not in begun["probes"]:
             self._probe(model, "start")
-        optimizer = task.optimizer(model.parameters())
+        optimizer = job.arm.optimize(model, task.optimizer(model.parameters()))
         rates = [group["lr"] for group in optimizer.param_groups]
         bare, (model, optimizer) = model, accelerator.prepare(model, optimizer)
         batches = task.train_batches(job.seed, job.batch_size)
