@@ -9,6 +9,7 @@ ROOMS = [
     "headway",
     "headway.norms",
     "headway.optim",
+    "headway.tabular",
     "headway.residual",
     "headway.functional",
     "headway.signals",

@@ -45,6 +45,7 @@ _NAMES = {
     # rooms
     "norms": "headway.norms:",
     "optim": "headway.optim:",
+    "tabular": "headway.tabular:",
     "residual": "headway.residual:",
     "signals": "headway.signals:",
     "tasks": "headway.tasks:",

@@ -157,6 +157,17 @@ _METHODS = [
         "keep the effective step of networks with normalisation from dying as weights grow",
         "headway.optim.adamp",
     ),
+    Method(
+        "large-step-gd",
+        "Large-step logistic regression",
+        "From Logistic Regression to the Perceptron Algorithm: Exploring Gradient Descent with Large Step Sizes",
+        2024,
+        "2412.08424",
+        None,
+        "a table of features with class labels, or a frozen encoder",
+        "separate (nearly) separable classes in few passes without tuning a rate; a linear probe in one call",
+        "headway.optim.normalized_gd",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

@@ -14,6 +14,7 @@ _NAMES = {
     "unified_norm_eval": "headway.norms.unified",
     "adamp": "headway.optim.functional",
     "sgdp": "headway.optim.functional",
+    "normalized_logistic_loss": "headway.optim.normalized_gd",
     "project_radial": "headway.optim.functional",
     "scaled_add": "headway.residual.depth",
     "mean_cosine": "headway.signals.statistics",

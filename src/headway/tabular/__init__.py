@@ -1,0 +1,10 @@
+"""Methods for tables and for features that another network made, with scikit-learn's interface."""
+
+from headway._lazy import attach as _attach
+
+_NAMES = {
+    "LargeStepLogisticRegression": "headway.tabular.large_step",
+    "linear_probe": "headway.tabular.large_step",
+    "separability": "headway.tabular.separability",
+}
+__getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
