@@ -10,6 +10,7 @@ ROOMS = [
     "headway.norms",
     "headway.optim",
     "headway.tabular",
+    "headway.weights",
     "headway.residual",
     "headway.functional",
     "headway.signals",

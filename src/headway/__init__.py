@@ -42,10 +42,12 @@ _NAMES = {
     "ScaleResiduals": "headway.residual.depth",
     "LayerNormRecurrent": "headway.norms.recurrent",
     "FoldNorms": "headway.norms.fold",
+    "NormalizeAndProject": "headway.weights.normalize",
     # rooms
     "norms": "headway.norms:",
     "optim": "headway.optim:",
     "tabular": "headway.tabular:",
+    "weights": "headway.weights:",
     "residual": "headway.residual:",
     "signals": "headway.signals:",
     "tasks": "headway.tasks:",

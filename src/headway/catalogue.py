@@ -168,6 +168,17 @@ _METHODS = [
         "separate (nearly) separable classes in few passes without tuning a rate; a linear probe in one call",
         "headway.optim.normalized_gd",
     ),
+    Method(
+        "normalize-and-project",
+        "Normalize-and-Project (NaP)",
+        "Normalization and effective learning rates in reinforcement learning",
+        2024,
+        "2407.01800",
+        "headway.weights.normalize:NormalizeAndProject",
+        "linear maps or convolutions before a nonlinearity or a norm, and the optimiser",
+        "long or changing training that loses the ability to learn because weights grow",
+        "headway.weights.project",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

@@ -11,7 +11,7 @@ from headway.tasks.names import parse, spell, split
 from headway.tasks.task import Task, get, names
 
 
-@pytest.mark.parametrize("name", ["stdlib-text", "digits", "digits-vit"])
+@pytest.mark.parametrize("name", ["stdlib-text", "digits", "digits-vit", "digits-relabelled"])
 def test_a_task_gives_all_that_a_comparison_needs(name):
     if name == "stdlib-text":
         pytest.importorskip("headway.residual.transformer")
@@ -119,4 +119,4 @@ def test_words_with_settings_are_read_and_spelled():
 
 
 def test_built_in_names_are_listed():
-    assert names() == ["cifar", "digits", "digits-vit", "mnist", "stdlib-text", "text"]
+    assert names() == ["cifar", "digits", "digits-relabelled", "digits-vit", "mnist", "stdlib-text", "text"]

@@ -138,7 +138,7 @@ def _peers() -> dict[str, Any]:
         "normalised LR+GD": lambda: LargeStepLogisticRegression(),
         "normalised LR+GD, polished": lambda: LargeStepLogisticRegression(polish=100),
         "LogisticRegression(C=1e6)": lambda: LogisticRegression(C=1e6, max_iter=1000),
-        "Perceptron": lambda: Perceptron(tol=None, max_iter=100),
+        "Perceptron": lambda: Perceptron(tol=None, max_iter=100),  # type: ignore
         "LinearSVC": lambda: LinearSVC(C=1e3, max_iter=10000),
     }
 

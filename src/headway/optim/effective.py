@@ -7,6 +7,8 @@ eta / ||W||. Growing norms are therefore a hidden decay of the learning rate. va
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -16,15 +18,19 @@ def follows_gradient_size(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.SGD) or getattr(optimizer, "follows_gradient_size", False)
 
 
-@torch.no_grad()
 def effective_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
     """{name of a parameter: eta / ||W||^2 for SGD and its kin, eta / ||W|| for the others}, for every matrix or convolution of
     ``model`` that ``optimizer`` holds. Meaningful where the weight is followed by a normalisation. Waits for the device.
     """
+    return effective_rates(optimizer, {name: p for name, p in model.named_parameters() if p.dim() > 1 and p.numel()})
+
+
+@torch.no_grad()
+def effective_rates(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> dict[str, float]:
+    """The same for named parameters; those that ``optimizer`` does not hold are left out."""
     power = 2 if follows_gradient_size(optimizer) else 1
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    found = {name: p for name, p in model.named_parameters() if p.dim() > 1 and p.numel() and id(p) in rates}
-    return {name: rates[id(p)] / max(_norm(p), 1e-30) ** power for name, p in found.items()}
+    return {name: rates[id(p)] / max(_norm(p), 1e-30) ** power for name, p in params.items() if id(p) in rates}
 
 
 def _norm(p: Tensor) -> float:

@@ -11,6 +11,7 @@ _NAMES = {
     "TextFiles": "headway.tasks.text",
     "Digits": "headway.tasks.digits",
     "DigitsViT": "headway.tasks.digits",
+    "DigitsRelabelled": "headway.tasks.relabelled",
     "MNIST": "headway.tasks.digits",
     "CIFAR": "headway.tasks.digits",
     "read_idx": "headway.tasks.idx",

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "text": "headway.tasks.text:TextFiles",
     "digits": "headway.tasks.digits:Digits",
     "digits-vit": "headway.tasks.digits:DigitsViT",
+    "digits-relabelled": "headway.tasks.relabelled:DigitsRelabelled",
     "mnist": "headway.tasks.digits:MNIST",
     "cifar": "headway.tasks.digits:CIFAR",
 }
