@@ -278,12 +278,12 @@ def rescaled_lr(optimizer: Optimizer, nap: NaP) -> list[Any]:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     bases: list[Any] = []
 
-    def before(*_: Any) -> None:
+    def before(*call: Any) -> None:
         bases[:] = [group["lr"] for group, _ in groups]
         for group, name in groups:
             group["lr"] = group["lr"] * float(nap._norm(nap.weights[name].detach()) / nap.rho[name]) ** power
 
-    def after(*_: Any) -> None:
+    def after(*call: Any) -> None:
         for (group, _), base in zip(groups, bases, strict=True):
             group["lr"] = base
 
