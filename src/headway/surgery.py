@@ -68,9 +68,7 @@ def as_technique(what: Technique | type) -> Technique:
 
 
 def _no_model_change(name: str) -> str:
-    return (
-        f"{name} is an optimiser and changes no model; build it from model.parameters(), or name it as an arm of hw.compare"
-    )
+    return f"{name} is an optimiser and changes no model; build it from model.parameters(), or name it as an arm of hw.compare"
 
 
 def apply(
