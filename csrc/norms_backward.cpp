@@ -30,7 +30,7 @@ using headway::data;
 using headway::like;
 using headway::packed;
 
-constexpr int64_t kStreamBytes = int64_t(20) << 20;
+constexpr int64_t kStreamBytes = int64_t(28) << 20;
 
 // targets: where the sums of one job go, nullptr for those that nobody wants; two a job
 template <class T>

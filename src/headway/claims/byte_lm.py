@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.residual.depth_measures import angular_distance, layer_grad_norms, performance_drop
 from headway.residual.transformer import TransformerDecoder
 from headway.signals.probe import probe
 from headway.tasks.text import ByteText, StdlibText
@@ -129,28 +130,11 @@ def signal(model: nn.Module, batch: Tensor) -> dict[str, Any]:
 def _layers(model: TransformerDecoder, text: ByteText, batch: Tensor) -> dict[str, Any]:
     """The three measures of what every layer does: the angle by which it turns a token (over pi), how much the held-out loss
     rises when it is left out, and the norm of the gradient of its matrices."""
-    angles: list[float] = []
-
-    def turn(_module: nn.Module, args: Any, out: Tensor) -> None:
-        cosine = F.cosine_similarity(args[0].detach(), out.detach(), dim=-1).clamp(-1, 1)
-        angles.append(float((cosine.acos() / math.pi).mean()))
-
-    hooks = [block.register_forward_hook(turn) for block in model.blocks]
-    model.zero_grad()
-    text.loss(model, batch).backward()
-    for hook in hooks:
-        hook.remove()
-    gradients = [
-        math.sqrt(sum(float(p.grad.square().sum()) for p in block.parameters() if p.dim() > 1 and p.grad is not None))
-        for block in model.blocks
-    ]
+    gradients = layer_grad_norms(model, lambda model: text.loss(model, batch))
     with torch.no_grad():
-        whole, drops = float(text.loss(model, batch)), []
-        for block in model.blocks:
-            bypass = block.register_forward_hook(lambda _m, args, _out: args[0])
-            drops.append(float(text.loss(model, batch)) - whole)
-            bypass.remove()
-    return {"angles": angles, "drops": drops, "layer_gradients": gradients}
+        angles = angular_distance(model, batch[:, :-1])
+        drops = performance_drop(model, lambda model: float(text.loss(model, batch)))
+    return {"angles": angles.tolist(), "drops": drops.tolist(), "layer_gradients": gradients.tolist()}
 
 
 def train_all(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import warnings
 from typing import Any
@@ -143,6 +144,7 @@ def _inference(quick: bool) -> list[Evidence]:
 
 def _allocated(model: nn.Module, x: Tensor) -> tuple[int, int]:
     """Bytes allocated in one forward: the highest level, and all together."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of every start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         model(x)
     listed: Any = found.profiler
