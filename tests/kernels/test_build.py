@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headway.kernels import build as builder
-from headway.kernels.build import BuildError, build, main
+from headway.kernels.build import BuildError, build, is_fresh, main
 
 TINY = 'extern "C" int answer() { return 42; }\n'
 
@@ -19,14 +19,15 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(builder.compiler() is None, reason="no C++ compiler on this machine")
 def test_a_source_is_built_once_and_again_when_it_changes(folder):
-    import os
-
     into = folder / "native"
     assert build(["tiny"], into) == {"tiny": "built"} and (into / "tiny.so").exists()
-    assert build(["tiny"], into) == {"tiny": "fresh"}
-    later = (into / "tiny.so").stat().st_mtime + 10
-    os.utime(folder / "tiny.cpp", (later, later))
+    assert build(["tiny"], into) == {"tiny": "fresh"} and is_fresh("tiny", into)
+    (folder / "tiny.cpp").write_text(TINY.replace("42", "43"))
+    assert not is_fresh("tiny", into)
     assert build(["tiny"], into) == {"tiny": "built"}
+    (folder / "shared.h").write_text("// every source may include it")
+    assert not is_fresh("tiny", into)
+    assert build(["tiny"], into) == {"tiny": "built"} and is_fresh("tiny", into)
     assert not list(into.glob("*.part"))
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from headway.kernels import library
@@ -42,6 +43,14 @@ def test_below_autograd_leaves_no_graph_behind():
 
 def test_an_operation_that_was_never_built_falls_back():
     assert library.load("no_such_operation") is False
+
+
+def test_a_library_built_from_other_sources_is_left_alone_with_a_warning(monkeypatch, tmp_path):
+    (tmp_path / "norms.so").write_bytes(b"of another day")
+    monkeypatch.setattr(library, "NATIVE", tmp_path)
+    monkeypatch.setattr(library, "is_fresh", lambda operation: False)
+    with pytest.warns(UserWarning, match="built from other sources"):
+        assert library.load.__wrapped__("norms") is False
 
 
 def test_without_the_built_libraries_the_reference_gives_the_same_numbers(tmp_path):

@@ -7,6 +7,7 @@ This file imports nothing of headway, because setup.py runs it before headway is
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -56,6 +57,27 @@ def compiler() -> str | None:
     return None
 
 
+def key(operation: str) -> str:
+    """What the library of an operation is built from, as one word: its source, the headers and the flags.
+
+    Raises BuildError where there are no sources.
+    """
+    folder, found = sources(), hashlib.sha256(" ".join(FLAGS).encode())
+    for source in (folder / f"{operation}.cpp", *sorted(folder.glob("*.h"))):
+        found.update(source.read_bytes())
+    return found.hexdigest()
+
+
+def is_fresh(operation: str, into: Path = NATIVE) -> bool:
+    """Whether the library was built from the sources as they are; so is any where none came with the installation."""
+    try:
+        wanted = key(operation)
+    except (BuildError, FileNotFoundError):
+        return True
+    written = into / f"{operation}.key"
+    return written.exists() and written.read_text() == wanted
+
+
 def build(operations: Iterable[str] = (), into: Path = NATIVE, force: bool = False) -> dict[str, str]:
     """Compiles the named operations (all by default) and returns {operation: "built" | "fresh" | the compiler's complaint}.
 
@@ -70,7 +92,6 @@ def build(operations: Iterable[str] = (), into: Path = NATIVE, force: bool = Fal
     except ImportError as error:
         raise BuildError("PyTorch is not installed in this environment; install it first") from error
     folder = sources()
-    headers = max((h.stat().st_mtime for h in folder.glob("*.h")), default=0.0)
     wanted = list(operations) or sorted(source.stem for source in folder.glob("*.cpp"))
     into.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in [str(folder), *include_paths()]]
@@ -80,9 +101,9 @@ def build(operations: Iterable[str] = (), into: Path = NATIVE, force: bool = Fal
         source, target = folder / f"{operation}.cpp", into / f"{operation}.so"
         if not source.exists():
             return f"there is no {source.name}; operations: {', '.join(sorted(s.stem for s in folder.glob('*.cpp')))}"
-        newest = max(source.stat().st_mtime, headers)
-        if not force and target.exists() and target.stat().st_mtime > newest:
+        if not force and target.exists() and is_fresh(operation, into):
             return "fresh"
+        word = key(operation)
         part = target.with_suffix(f".{os.getpid()}.part")
         done = subprocess.run(
             [cxx, *FLAGS, *includes, str(source), "-o", str(part), *links], capture_output=True, text=True
@@ -90,7 +111,9 @@ def build(operations: Iterable[str] = (), into: Path = NATIVE, force: bool = Fal
         if done.returncode:
             part.unlink(missing_ok=True)
             return done.stderr.strip() or f"{cxx} ended with {done.returncode}"
+        target.with_suffix(".key").unlink(missing_ok=True)
         part.replace(target)
+        target.with_suffix(".key").write_text(word)
         return "built"
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -8,12 +8,13 @@ registered here, once, so that ``torch.compile``, autocast and ``opcheck`` hold 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
-from headway.kernels.build import NATIVE
+from headway.kernels.build import NATIVE, is_fresh
 
 _LIBRARY = torch.library.Library("headway", "FRAGMENT")
 # entering this guard skips the autograd dispatch keys; it costs a fraction of a microsecond
@@ -24,10 +25,18 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def load(operation: str) -> bool:
     """Loads the C++ body of ``operation`` if it was built; False (and plain torch) otherwise.
 
+    A body built from other sources than those beside it may not fit the operators; it is left alone, with a warning.
     ``HEADWAY_KERNELS=reference`` in the environment keeps every operation on plain torch.
     """
     library = NATIVE / f"{operation}.so"
     if os.environ.get("HEADWAY_KERNELS") == "reference" or not library.exists():
+        return False
+    if not is_fresh(operation):
+        warnings.warn(
+            f"the {operation} kernel was built from other sources than those here and plain PyTorch runs instead; build it again "
+            "with `python -m headway.kernels.build`",
+            stacklevel=2,
+        )
         return False
     try:
         torch.ops.load_library(str(library))
