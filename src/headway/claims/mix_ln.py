@@ -17,6 +17,7 @@ from torch import nn
 
 from headway.claims.byte_lm import DEPTH, Run, train_all
 from headway.claims.evidence import Evidence, verdict
+from headway.claims.native import natively
 from headway.claims.peri_ln import best_rate, compared, difference, of, step
 from headway.measure import paired
 from headway.residual.transformer import TransformerDecoder
@@ -162,6 +163,7 @@ def _free(quick: bool) -> Evidence:
         row: dict[str, Any] = {"width": dim}
         for name, norm in (("plain", nn.LayerNorm), ("fused", "layernorm")):
             pre, mix = (TransformerDecoder(256, dim, 4, dim // 32, p, norm, max_length=32) for p in ("pre", "mix"))
+            pre, mix = natively(pre), natively(mix)
             times = paired(step(mix, tokens), step(pre, tokens), 0.4 if quick else 4.0)
             more = sum(p.numel() for p in mix.parameters()) - sum(p.numel() for p in pre.parameters())
             row |= {

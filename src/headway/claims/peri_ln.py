@@ -18,6 +18,7 @@ from torch import nn
 
 from headway.claims.byte_lm import DEPTH, Run, train_all
 from headway.claims.evidence import Evidence, Verdict, verdict
+from headway.claims.native import natively
 from headway.measure import paired
 from headway.residual.transformer import TransformerDecoder
 
@@ -308,6 +309,7 @@ def _cost(quick: bool) -> Evidence:
         row: dict[str, Any] = {"width": dim}
         for name, norm in (("fused", "layernorm"), ("plain", nn.LayerNorm)):
             pre, peri = (TransformerDecoder(256, dim, 4, dim // 32, p, norm, max_length=32) for p in ("pre", "peri"))
+            pre, peri = natively(pre), natively(peri)
             times = paired(step(peri, tokens), step(pre, tokens), 0.4 if quick else 4.0)
             row |= {name: 1 / times.ratio, f"{name} low": 1 / times.high, f"{name} high": 1 / times.low}
         rows.append(row)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from headway.claims.evidence import Evidence, Verdict
+from headway.claims.native import natively
 from headway.kernels.norms import crms_norm, rms_norm
 from headway.measure import paired
 from headway.residual.equivalence import output_of
@@ -177,11 +178,12 @@ def _whole_model(quick: bool) -> list[Evidence]:
         for block in bare.blocks:
             block.attention_norm, block.mlp_norm = _NoNorm(), _NoNorm()
         bare.norm = _NoNorm()
+        native = natively(model)
         ours_before = _model(dim, 4, norm="layernorm", length=max(length, 2)).to(dtype)
         tokens = _tokens(batch, length)
         budget = 0.7 if quick else 9.0
-        ours = paired(lambda c=converted, t=tokens: c(t), lambda m=model, t=tokens: m(t), budget)
-        none = paired(lambda c=bare, t=tokens: c(t), lambda m=model, t=tokens: m(t), budget)
+        ours = paired(lambda c=converted, t=tokens: c(t), lambda m=native, t=tokens: m(t), budget)
+        none = paired(lambda c=bare, t=tokens: c(t), lambda m=native, t=tokens: m(t), budget)
         fused = paired(lambda c=converted, t=tokens: c(t), lambda m=ours_before, t=tokens: m(t), budget / 2)
         saved, most = 1 - 1 / ours.ratio, 1 - 1 / none.ratio
         rows.append(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from headway.claims.evidence import Evidence, verdict
+from headway.claims.native import natively
 from headway.claims.token_norms import gaps, layer_cost, makers, mean, spread, table, train
 from headway.measure import paired
 from headway.norms.fold import FoldNorms
@@ -83,7 +84,7 @@ def models(dim: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.
     for block in bare.blocks:
         block.attention_norm, block.mlp_norm = nn.Identity(), nn.Identity()  # type: ignore[union-attr]
     bare.norm = nn.Identity()
-    return native.eval().to(dtype), folded.to(dtype), bare.eval().to(dtype)
+    return natively(native).eval().to(dtype), folded.to(dtype), bare.eval().to(dtype)
 
 
 def tokens(batch: int) -> Tensor:

@@ -4,7 +4,7 @@
     post, deepnorm, output           as they are: nobody reads the sum of a post-norm again, and a fused one would have the
                                      backward pass add a gradient of zeros
 
-What each place means stands in :mod:`headway.residual.placements`; here it is done faster on the CPU. Nothing is fused away that
+What each place means stands in :mod:`headway.residual.placements`; here it is done faster for large streams on the CPU. Nothing is fused away that
 somebody listens to by a hook, under autocast (whose types the plain modules settle), or for a norm of an unknown class.
 """
 
@@ -23,6 +23,8 @@ from headway.norms.rms import RMSNorm
 from headway.residual.placements import residual
 
 _NATIVE = load("norms")
+# numbers in a stream from which the fused seam is faster: below, everything lies in the nearest caches and calls are what costs
+SMALL = 1 << 17
 _READS_NORMED = ("pre", "peri", "layernorm_scaling")
 # transformers' copies of one class: in half precision they round before the gain, which the kernels do not
 _LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
@@ -89,8 +91,8 @@ def run(x: Tensor, branches: Sequence[Branch], placement: str, index: int, num_l
 
     ``index`` and ``num_layers`` are the layer's global place, for "layernorm_scaling" and "deepnorm".
     """
-    fuses = placement in _READS_NORMED and _NATIVE and x.is_cpu and not torch.is_autocast_enabled("cpu")
-    if not fuses:
+    fuses = placement in _READS_NORMED and _NATIVE and x.is_cpu and x.numel() >= SMALL
+    if not fuses or torch.is_autocast_enabled("cpu"):
         for branch in branches:
             x = branch.placed(x, placement, index, num_layers)
         return x
