@@ -38,7 +38,7 @@ def test_gradient_is_bounded_by_the_running_statistic_and_not_by_the_batch():
 def test_folded_model_of_the_claim_has_no_norm_left():
     native, folded, bare = models(32)
     kinds = [{type(module).__name__ for module in model.modules()} for model in (native, folded, bare)]
-    assert "LayerNorm" in kinds[0] and not (kinds[1] | kinds[2]) & {"LayerNorm", "UnifiedNorm", "ChannelAffine"}
+    assert "NativeLayerNorm" in kinds[0] and not (kinds[1] | kinds[2]) & {"LayerNorm", "UnifiedNorm", "ChannelAffine"}
     with torch.no_grad():
         assert folded(tokens(1)).isfinite().all()
 

@@ -4,8 +4,8 @@
     post, deepnorm, output           as they are: nobody reads the sum of a post-norm again, and a fused one would have the
                                      backward pass add a gradient of zeros
 
-What each place means stands in :mod:`headway.residual.placements`; here it is done faster for large streams on the CPU. Nothing is fused away that
-somebody listens to by a hook, under autocast (whose types the plain modules settle), or for a norm of an unknown class.
+What each place means stands in :mod:`headway.residual.placements`; here it is done faster for large streams on the CPU. Nothing
+is fused away that somebody listens to by a hook, under autocast (whose types the plain modules settle), or for a norm of an unknown class.
 """
 
 from __future__ import annotations
