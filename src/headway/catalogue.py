@@ -179,6 +179,17 @@ _METHODS = [
         "long or changing training that loses the ability to learn because weights grow",
         "headway.weights.project",
     ),
+    Method(
+        "self-normalizing",
+        "Self-normalizing networks",
+        "Self-Normalizing Neural Networks",
+        2017,
+        "1706.02515",
+        "headway.weights.self_normalizing:SelfNormalizing",
+        "a feed-forward net with activation modules",
+        "deep fully connected nets on tables without normalisation, at any batch size",
+        "headway.weights.self_normalizing",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

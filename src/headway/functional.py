@@ -17,6 +17,9 @@ _NAMES = {
     "normalized_logistic_loss": "headway.optim.normalized_gd",
     "project_radial": "headway.optim.functional",
     "scaled_add": "headway.residual.depth",
+    "selu": "headway.weights.self_normalizing",
+    "alpha_dropout": "headway.weights.self_normalizing",
+    "feature_alpha_dropout": "headway.weights.self_normalizing",
     "mean_cosine": "headway.signals.statistics",
     "stable_rank": "headway.signals.statistics",
 }

@@ -1,7 +1,12 @@
-"""What the weights of a network are made of: projected back to the sphere they began on."""
+"""What the weights of a network are made of: initialised so that they keep the signal, companded, projected back to the sphere they began on."""
 
 from headway._lazy import attach as _attach
 
+_SELF, _CHECK, _MAP = (
+    "headway.weights.self_normalizing",
+    "headway.weights.self_normalizing_check",
+    "headway.weights.selu_moments",
+)
 _NAMES = {
     "NaP": "headway.weights.project",
     "apply_nap": "headway.weights.project",
@@ -10,5 +15,17 @@ _NAMES = {
     "normalize_": "headway.weights.normalize",
     "find_scale_invariant": "headway.weights.invariance",
     "followed_by_norm": "headway.weights.invariance",
+    "SelfNormalizing": _SELF,
+    "SELU": _SELF,
+    "AlphaDropout": _SELF,
+    "FeatureAlphaDropout": _SELF,
+    "lecun_normal_": "headway.weights.lecun",
+    "self_normalizing_init_": "headway.weights.lecun",
+    "selu_params": _MAP,
+    "moment_map": _MAP,
+    "jacobian": _MAP,
+    "iterate": _MAP,
+    "check_self_normalizing": _CHECK,
+    "SelfNormalizingReport": _CHECK,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
