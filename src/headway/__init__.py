@@ -43,6 +43,7 @@ _NAMES = {
     "LayerNormRecurrent": "headway.norms.recurrent",
     "FoldNorms": "headway.norms.fold",
     "NormalizeAndProject": "headway.weights.normalize",
+    "CompandWeights": "headway.weights.companding",
     "SelfNormalizing": "headway.weights.self_normalizing",
     # rooms
     "norms": "headway.norms:",

@@ -190,6 +190,17 @@ _METHODS = [
         "deep fully connected nets on tables without normalisation, at any batch size",
         "headway.weights.self_normalizing",
     ),
+    Method(
+        "weight-compander",
+        "Weight compander",
+        "Weight Compander: A Simple Weight Reparameterization for Regularization",
+        2023,
+        "2306.16993",
+        "headway.weights.companding:CompandWeights",
+        "weights of linear layers, convolutions, attention",
+        "small or noisy data: spread the decision over more weights, beside other regularisers",
+        "headway.weights.compander",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

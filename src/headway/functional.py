@@ -17,6 +17,7 @@ _NAMES = {
     "normalized_logistic_loss": "headway.optim.normalized_gd",
     "project_radial": "headway.optim.functional",
     "scaled_add": "headway.residual.depth",
+    "compand": "headway.weights.compander",
     "selu": "headway.weights.self_normalizing",
     "alpha_dropout": "headway.weights.self_normalizing",
     "feature_alpha_dropout": "headway.weights.self_normalizing",

@@ -1,4 +1,4 @@
-"""What the weights of a network are made of: initialised so that they keep the signal, companded, projected back to the sphere they began on."""
+"""What the weights of a network are made of: initialised to keep the signal, companded, projected back to where they began."""
 
 from headway._lazy import attach as _attach
 
@@ -7,6 +7,7 @@ _SELF, _CHECK, _MAP = (
     "headway.weights.self_normalizing_check",
     "headway.weights.selu_moments",
 )
+_COMPANDER, _COMPANDING = "headway.weights.compander", "headway.weights.companding"
 _NAMES = {
     "NaP": "headway.weights.project",
     "apply_nap": "headway.weights.project",
@@ -27,5 +28,15 @@ _NAMES = {
     "iterate": _MAP,
     "check_self_normalizing": _CHECK,
     "SelfNormalizingReport": _CHECK,
+    "CompandWeights": _COMPANDING,
+    "WeightCompander": _COMPANDER,
+    "weight_compander": _COMPANDER,
+    "remove_weight_compander": _COMPANDER,
+    "param_groups": _COMPANDING,
+    "weight_penalty": _COMPANDING,
+    "clip_latent_": _COMPANDING,
+    "fuse": _COMPANDING,
+    "export_plain": _COMPANDING,
+    "histogram_report": _COMPANDING,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
