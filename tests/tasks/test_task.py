@@ -11,7 +11,7 @@ from headway.tasks.names import parse, spell, split
 from headway.tasks.task import Task, get, names
 
 
-@pytest.mark.parametrize("name", ["stdlib-text", "digits", "digits-vit", "digits-relabelled"])
+@pytest.mark.parametrize("name", ["stdlib-text", "digits", "digits-vit", "digits-relabelled", "table"])
 def test_a_task_gives_all_that_a_comparison_needs(name):
     if name == "stdlib-text":
         pytest.importorskip("headway.residual.transformer")
@@ -28,7 +28,7 @@ def test_a_task_gives_all_that_a_comparison_needs(name):
     assert torch.isfinite(task.loss(model, task.probe_batch()))
 
 
-@pytest.mark.parametrize("name", ["stdlib-text", "digits"])
+@pytest.mark.parametrize("name", ["stdlib-text", "digits", "table"])
 def test_batches_depend_on_the_seed_and_their_place_alone(name):
     def flat(batch):
         return batch if isinstance(batch, torch.Tensor) else batch[0]
@@ -119,4 +119,4 @@ def test_words_with_settings_are_read_and_spelled():
 
 
 def test_built_in_names_are_listed():
-    assert names() == ["cifar", "digits", "digits-relabelled", "digits-vit", "mnist", "stdlib-text", "text"]
+    assert names() == ["cifar", "digits", "digits-relabelled", "digits-vit", "mnist", "stdlib-text", "table", "text"]

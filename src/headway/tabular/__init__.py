@@ -6,5 +6,8 @@ _NAMES = {
     "LargeStepLogisticRegression": "headway.tabular.large_step",
     "linear_probe": "headway.tabular.large_step",
     "separability": "headway.tabular.separability",
+    "SNN": "headway.tabular.self_normalizing",
+    "SNNClassifier": "headway.tabular.self_normalizing",
+    "SNNRegressor": "headway.tabular.self_normalizing",
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -14,6 +14,7 @@ _NAMES = {
     "DigitsRelabelled": "headway.tasks.relabelled",
     "MNIST": "headway.tasks.digits",
     "CIFAR": "headway.tasks.digits",
+    "Table": "headway.tasks.tables",
     "read_idx": "headway.tasks.idx",
     "read_cifar": "headway.tasks.cifar",
     "read_text": "headway.tasks.text_files",

@@ -28,6 +28,7 @@ _BUILT_IN = {
     "digits-relabelled": "headway.tasks.relabelled:DigitsRelabelled",
     "mnist": "headway.tasks.digits:MNIST",
     "cifar": "headway.tasks.digits:CIFAR",
+    "table": "headway.tasks.tables:Table",
 }
 _NEEDED = (
     "name",
