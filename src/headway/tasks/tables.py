@@ -87,7 +87,9 @@ class Table(Task):
                 f"noise lies in [0, 1], samples and depth are at least 0, width at least 1, learning_rate above 0; they are "
                 f"{noise}, {samples}, {depth}, {width}, {learning_rate}"
             )
-        self.data, self.depth, self.width, self.norm, self.samples = data, depth, width, norm, samples
+        self.data: Name = data
+        self.norm: Norm = norm
+        self.depth, self.width, self.samples = depth, width, samples
         self.noise, self.learning_rate = noise, learning_rate
         self._held: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
