@@ -219,9 +219,10 @@ def _tables(quick: bool) -> Evidence:
     vectors = list(product((0.1, 1.0, 10.0, 100.0), (0.3, 1.0, 3.0)))[: len(settings)]
     rows = []
     for name, x, y in _data(3 if quick else 8):
-        part = train_test_split(np.arange(len(x)), test_size=0.4, random_state=0, stratify=y)
-        held, test = train_test_split(part[1], test_size=0.5, random_state=0, stratify=y[part[1]])
-        train = part[0]
+        train, rest = (
+            np.asarray(p) for p in train_test_split(np.arange(len(x)), test_size=0.4, random_state=0, stratify=y)
+        )
+        held, test = (np.asarray(p) for p in train_test_split(rest, test_size=0.5, random_state=0, stratify=y[rest]))
         spread = x[train].std(0)
         x = (x - x[train].mean(0)) / np.where(spread > 0, spread, 1)
         xt, yt = torch.from_numpy(x).float(), torch.from_numpy(y)
