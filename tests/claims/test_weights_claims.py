@@ -44,17 +44,20 @@ def made_up(arm, seed, accuracy, largest=4.0, after=0.5):
         "arm": arm.name,
         "seed": seed,
         "noise": 0.3,
-        "accuracy": accuracy + seed / 1000,
+        "accuracy": accuracy + seed * accuracy / 100,
         "largest": largest,
         **spread,
     }
 
 
 def test_verdicts_of_the_compander_follow_from_the_runs():
-    better = [made_up(arm, seed, acc, big, after) for seed in range(3)
-              for arm, acc, big, after in ((NONE, 0.7, 4, 0.3), (weight_compander.DECAY, 0.72, 4, 0.3), (MILD, 0.75, 3, 0.5), (HARD, 0.8, 2, 0.7))]  # fmt: skip
-    worse = [made_up(arm, seed, acc, big, after) for seed in range(3)
-             for arm, acc, big, after in ((NONE, 0.8, 2, 0.7), (weight_compander.DECAY, 0.82, 2, 0.7), (MILD, 0.75, 3, 0.3), (HARD, 0.7, 4, 0.1))]  # fmt: skip
+    arms = (NONE, weight_compander.DECAY, MILD, HARD)
+    good = ((0.7, 4, 0.3), (0.72, 4, 0.3), (0.75, 3, 0.5), (0.8, 2, 0.7))
+    bad = ((0.8, 2, 0.7), (0.82, 2, 0.7), (0.75, 3, 0.3), (0.7, 4, 0.1))
+    better, worse = (
+        [made_up(arm, seed, *numbers) for seed in range(3) for arm, numbers in zip(arms, which, strict=True)]
+        for which in (good, bad)
+    )
     for judge in ("_generalisation", "_clean", "_histogram", "_removal"):
         assert getattr(weight_compander, judge)(better).verdict == "holds", judge
         assert getattr(weight_compander, judge)(worse).verdict == "does not hold here", judge
