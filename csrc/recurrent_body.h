@@ -86,28 +86,7 @@ void multiply(const C* a, int64_t M, int64_t K, const C* packed, int64_t N, C* o
   }
 }
 
-inline double exponential(double x) { return std::exp(x); }
-// Cephes-style exp: 2 ulp over the whole range, no branches, NaN stays NaN
-inline float exponential(float x) {
-  x = x > 88.3f ? 88.3f : x;
-  x = x < -87.3f ? -87.3f : x;
-  const float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
-  float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  return p * __builtin_bit_cast(float, bits);
-}
-template <class C>
-inline C sigmoid(C x) {
-  return C(1) / (C(1) + exponential(-x));
-}
+#include "exponential.h"
 inline double hyperbolic(double x) { return std::tanh(x); }
 inline float hyperbolic(float x) {
   const float q = x * x;

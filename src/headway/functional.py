@@ -12,6 +12,8 @@ _NAMES = {
     "norm_add_norm": "headway.kernels.norms",
     "group_scaling": "headway.norms.power",
     "unified_norm_eval": "headway.norms.unified",
+    "evo_norm_b": "headway.norms.evo",
+    "evo_norm_s": "headway.norms.evo",
     "adamp": "headway.optim.functional",
     "sgdp": "headway.optim.functional",
     "normalized_logistic_loss": "headway.optim.normalized_gd",

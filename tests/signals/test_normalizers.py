@@ -20,14 +20,9 @@ def test_every_normaliser_is_its_formula():
     x, eps = data(), 1e-5
     batch_var = x.var((0, 2, 3), keepdim=True, unbiased=False)
     second = x.pow(2).mean((2, 3), keepdim=True)
-    instance_std = (x.var((2, 3), keepdim=True) + eps).sqrt()
-    grouped = x.reshape(6, 4, 2, 5, 5)
-    group_std = (grouped.var((2, 3, 4), keepdim=True) + eps).sqrt().expand_as(grouped).reshape(x.shape)
     wanted = {
         N.FilterResponseNorm(8): x / (second + eps).sqrt(),
         N.VarianceNorm(8): x / (batch_var + eps).sqrt(),
-        N.EvoNormB0(8): x / torch.maximum((batch_var + eps).sqrt(), x + instance_std),
-        N.EvoNormS0(8, groups=4): x * torch.sigmoid(x) / group_std,
         N.ThresholdedLinearUnit(8): x.clamp(min=0),
         N.BiasCorrectedReLU(): math.sqrt(2 * math.pi / (math.pi - 1)) * (x.clamp(min=0) - math.sqrt(1 / (2 * math.pi))),
     }

@@ -11,7 +11,20 @@ from headway.tasks.names import parse, spell, split
 from headway.tasks.task import Task, get, names
 
 
-@pytest.mark.parametrize("name", ["stdlib-text", "digits", "digits-vit", "digits-relabelled", "table"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stdlib-text",
+        "digits",
+        "digits-vit",
+        "digits-relabelled",
+        "digits-blocks",
+        "digits-incremental",
+        "digits-microbatch",
+        "prior-fitted-regression",
+        "table",
+    ],
+)
 def test_a_task_gives_all_that_a_comparison_needs(name):
     if name == "stdlib-text":
         pytest.importorskip("headway.residual.transformer")
@@ -28,10 +41,22 @@ def test_a_task_gives_all_that_a_comparison_needs(name):
     assert torch.isfinite(task.loss(model, task.probe_batch()))
 
 
-@pytest.mark.parametrize("name", ["stdlib-text", "digits", "table"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stdlib-text",
+        "digits",
+        "digits-relabelled",
+        "digits-blocks",
+        "digits-incremental",
+        "digits-microbatch",
+        "prior-fitted-regression",
+        "table",
+    ],
+)
 def test_batches_depend_on_the_seed_and_their_place_alone(name):
     def flat(batch):
-        return batch if isinstance(batch, torch.Tensor) else batch[0]
+        return batch if isinstance(batch, torch.Tensor) else batch[-2]
 
     task = get(name)
     stream = task.train_batches(3, 8)
@@ -119,4 +144,17 @@ def test_words_with_settings_are_read_and_spelled():
 
 
 def test_built_in_names_are_listed():
-    assert names() == ["cifar", "digits", "digits-relabelled", "digits-vit", "mnist", "stdlib-text", "table", "text"]
+    assert names() == [
+        "cifar",
+        "digits",
+        "digits-blocks",
+        "digits-incremental",
+        "digits-microbatch",
+        "digits-relabelled",
+        "digits-vit",
+        "mnist",
+        "prior-fitted-regression",
+        "stdlib-text",
+        "table",
+        "text",
+    ]

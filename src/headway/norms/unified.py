@@ -14,8 +14,6 @@ a trained model without training on, and not for strictly causal training: the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +21,11 @@ from torch import Tensor, nn
 
 from headway.kernels.channels import channel_scale, unified_norm
 from headway.norms.layer import LayerNorm
+from headway.norms.statistics import RunningStatistics
 from headway.surgery import Site
 
 
-class ChannelStatistics(nn.Module):
+class ChannelStatistics(RunningStatistics):
     """What norms with running channel statistics share: float32 statistics, freezing, checks, and standing in for a LayerNorm."""
 
     looks_for = "nn.LayerNorm over the last axis"
@@ -49,41 +48,12 @@ class ChannelStatistics(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("iters", torch.zeros((), dtype=torch.int64, device=device))
-        self._frozen = 0
 
     def _add_statistic(self, name: str, value: float, *rows: int) -> None:
         assert self.weight is not None
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = (*rows, self.num_features)
         self.register_buffer(name, torch.full(shape, value, dtype=dtype, device=self.weight.device))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():  # model.half() leaves the statistics in float32
-            new = self._buffers[name]
-            if old is not None and new is not None and new.is_floating_point() and new.dtype.itemsize < 4:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    @contextmanager
-    def freeze_statistics(self) -> Iterator[None]:
-        """Within it, a training pass computes what it would compute anyhow but moves no statistic, neither does its backward.
-
-        With gradient checkpointing, freeze the first of the two passes, so that both start from the same state and the second
-        one alone moves it: ``checkpoint(..., context_fn=lambda: (norm.freeze_statistics(), nullcontext()))``.
-        """
-        self._frozen += 1
-        try:
-            yield
-        finally:
-            self._frozen -= 1
-
-    def _together(self) -> bool:
-        """Whether this pass shares its sums with other processes; a single process needs no process group."""
-        if not self.sync or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return False
-        return torch.distributed.get_world_size() > 1
 
     def _scale_shift(self, square: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(square + self.eps)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headway.norms.evo import EvoNormB0, EvoNormS0
 from headway.signals import normalizers as N
 from headway.signals.flow import Flow, aligned
 from headway.signals.probe import probe
@@ -93,8 +94,8 @@ class Normalizer:
         """The activation that belongs to the normaliser."""
         kinds = {
             "filter-response": lambda: N.ThresholdedLinearUnit(channels),
-            "evo-b0": lambda: N.EvoNormB0(channels),
-            "evo-s0": lambda: N.EvoNormS0(channels, groups=min(8, channels)),
+            "evo-b0": lambda: EvoNormB0(channels),
+            "evo-s0": lambda: EvoNormS0(channels, groups=8),
             "weight": N.BiasCorrectedReLU,
         }
         return kinds.get(self.name, lambda: nn.ReLU(inplace=True))()

@@ -2,6 +2,7 @@
 
 All take (B, C, H, W) and, but for the convolutions, keep the shape. "Beyond BatchNorm: Towards a Unified Understanding of
 Normalization in Deep Learning", 2021, arXiv 2106.05956; each class names its own paper.
+EvoNorm, which belongs to them, is :mod:`headway.norms.evo`.
 """
 
 from __future__ import annotations
@@ -79,41 +80,6 @@ class VarianceNorm(_Affine):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.affine(x * torch.rsqrt(self.variance(x) + self.eps))
-
-
-class EvoNormB0(VarianceNorm):
-    """y = g x / max(sqrt(var_bhw(x) + eps), v x + std_hw(x)) + b; norm and activation in one.
-
-    "Evolving Normalization-Activation Layers", 2020, arXiv 2004.02967.
-    """
-
-    signal_kind = "post"
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.v = nn.Parameter(torch.ones(num_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        within = torch.sqrt(x.var((2, 3), keepdim=True) + self.eps)
-        between = torch.sqrt(self.variance(x) + self.eps)
-        return self.affine(x / torch.maximum(between, self.v[:, None, None] * x + within))
-
-
-class EvoNormS0(_Affine):
-    """y = g x sigmoid(v x) / std_group(x) + b; norm and activation in one. arXiv 2004.02967."""
-
-    signal_kind = "post"
-
-    def __init__(self, num_features: int, groups: int = 8, eps: float = 1e-5) -> None:
-        super().__init__(num_features, eps)
-        self.groups = groups
-        self.v = nn.Parameter(torch.ones(num_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (self.groups, -1))
-        std = torch.sqrt(grouped.var((2, 3, 4), keepdim=True) + self.eps)
-        gated = (x * torch.sigmoid(self.v[:, None, None] * x)).unflatten(1, (self.groups, -1))
-        return self.affine((gated / std).flatten(1, 2))
 
 
 class WeightNormConv2d(nn.Conv2d):

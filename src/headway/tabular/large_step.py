@@ -23,6 +23,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from headway._features import features_of
 from headway.optim.normalized_gd import large_step_gd
 
 
@@ -224,23 +225,10 @@ def linear_probe(
                 out = model(inputs if device is None else inputs.to(device))
             else:
                 out = model(**{key: value if device is None else value.to(device) for key, value in inputs.items()})
-            parts.append((_features(out).double().cpu(), labels))
+            parts.append((features_of(out).double().cpu(), labels))
     finally:
         model.train(training)
     if not parts:
         raise ValueError("the loader gave no batch")
     features, labels = (torch.cat([part[i] for part in parts]).numpy() for i in range(2))
     return LargeStepLogisticRegression(**settings).fit(features, labels)
-
-
-def _features(out: Any) -> Tensor:
-    for name in ("pooler_output", "last_hidden_state"):
-        if not isinstance(out, Tensor) and getattr(out, name, None) is not None:
-            out = getattr(out, name)
-    if isinstance(out, tuple | list):
-        out = out[0]
-    if not isinstance(out, Tensor) or out.dim() < 2:
-        raise ValueError(
-            "the model gives no features (n, d) or (n, tokens, d); pass the encoder, not the loss or the text head"
-        )
-    return out if out.dim() == 2 else out.mean(1) if out.dim() == 3 else out.flatten(1)

@@ -12,6 +12,7 @@ _NAMES = {
     "Digits": "headway.tasks.digits",
     "DigitsViT": "headway.tasks.digits",
     "DigitsRelabelled": "headway.tasks.relabelled",
+    "DigitsBlocks": "headway.tasks.blocks",
     "MNIST": "headway.tasks.digits",
     "CIFAR": "headway.tasks.digits",
     "Table": "headway.tasks.tables",

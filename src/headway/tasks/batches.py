@@ -45,14 +45,16 @@ class Batches(Iterator[Any]):
     def __next__(self) -> Any:
         step, self.position = self.position, self.position + 1
         if not self.epochs:
-            generator = self._generator(step)
+            generator = generator_for(self.seed, step)
             return self.take(torch.randint(self.count, (self.batch_size,), generator=generator))
         per_epoch = self.count // self.batch_size
         epoch, place = divmod(step, per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(self.count, generator=self._generator(epoch)))
+            self._order = (epoch, torch.randperm(self.count, generator=generator_for(self.seed, epoch)))
         return self.take(self._order[1][place * self.batch_size : (place + 1) * self.batch_size])
 
-    def _generator(self, number: int) -> torch.Generator:
-        mixed = (self.seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-        return torch.Generator().manual_seed(mixed ^ (mixed >> 31))
+
+def generator_for(seed: int, number: int) -> torch.Generator:
+    """A generator that depends on the seed and a number alone; neighbouring numbers give unrelated draws."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+    return torch.Generator().manual_seed(mixed ^ (mixed >> 31))

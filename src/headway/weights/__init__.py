@@ -1,4 +1,5 @@
-"""What the weights of a network are made of: initialised to keep the signal, companded, projected back to where they began."""
+"""What the weights of a network are made of: initialised to keep the signal, companded, standardised where they are used,
+projected back to where they began."""
 
 from headway._lazy import attach as _attach
 
@@ -8,6 +9,7 @@ _SELF, _CHECK, _MAP = (
     "headway.weights.selu_moments",
 )
 _COMPANDER, _COMPANDING = "headway.weights.compander", "headway.weights.companding"
+_STANDARDISED = "headway.weights.standardised"
 _NAMES = {
     "NaP": "headway.weights.project",
     "apply_nap": "headway.weights.project",
@@ -38,5 +40,13 @@ _NAMES = {
     "fuse": _COMPANDING,
     "export_plain": _COMPANDING,
     "histogram_report": _COMPANDING,
+    "StandardiseWeights": _STANDARDISED,
+    "WSConv1d": _STANDARDISED,
+    "WSConv2d": _STANDARDISED,
+    "WSConv3d": _STANDARDISED,
+    "WSConvTranspose2d": _STANDARDISED,
+    "weight_standardization": _STANDARDISED,
+    "standardize_convs": _STANDARDISED,
+    "fold_weight_standardization": _STANDARDISED,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -1,0 +1,214 @@
+"""Norms by channel statistics of (samples, channels, space), optionally followed by a norm over groups of channels, fused.
+
+    z = weight * (x - mean) / sqrt(var + eps) + bias        mean, var: of the batch by shares of its samples, or given
+    y = gain * (z - mu) / sqrt(v + eps) + offset            mu, v: of each sample's groups of z
+
+Mean and variance of every plane are read off once; all other statistics follow from them by loops over the planes, also those of
+the second stage, because the first one is a multiply-add a plane. So both stages together read the input twice and write once,
+as batch norm alone does. :mod:`.reference` is the truth they are tested against.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from headway.kernels.library import below_autograd, define
+from headway.kernels.planes import reference
+
+
+def _vector(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float64)
+
+
+def _size(parameter: Tensor | None) -> Any:
+    return 0 if parameter is None else parameter.numel()
+
+
+_moments_op = define(
+    "plane_moments(Tensor x) -> Tensor",
+    reference.plane_moments,
+    lambda x: _vector(x, 2, *x.shape[:2]),
+    native="planes",
+)
+_statistics_op = define(
+    "plane_statistics(Tensor moments, Tensor? shares, Tensor? centre) -> Tensor",
+    reference.plane_statistics,
+    lambda moments, *_: _vector(moments, 2, moments.shape[2]),
+)
+_move_op = define(
+    "move_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? kept_rate, Tensor statistics, float rate, "
+    "float decay, bool moves) -> Tensor",
+    reference.move_statistics,
+    lambda running_mean, *_: _vector(running_mean, 2, running_mean.numel()),
+)
+_norm_op = define(
+    "plane_norm(Tensor x, Tensor moments, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? group_weight, "
+    "Tensor? group_bias, int groups, float eps, float group_eps) -> Tensor",
+    reference.plane_norm,
+    lambda x, *_: x.new_empty(x.shape),
+)
+_backward_op = define(
+    "plane_norm_backward(Tensor gy, Tensor x, Tensor moments, Tensor statistics, Tensor? shares, Tensor? weight, Tensor? bias, "
+    "Tensor? group_weight, Tensor? group_bias, Tensor? grad_statistics, Tensor? whole, int groups, float eps, float group_eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.plane_norm_backward,
+    lambda gy, x, moments, statistics, shares, weight, bias, group_weight, group_bias, *_: (
+        x.new_empty(x.shape),
+        *(_vector(x, _size(p)) for p in (weight, bias, group_weight, group_bias, shares)),
+    ),
+)
+
+
+def _quiet() -> Any:
+    """Inside a ``Function`` autograd has nothing to do; a compiler must see the operators as they are."""
+    return nullcontext() if torch.compiler.is_compiling() else below_autograd()
+
+
+def _everywhere(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def together(sync: bool) -> bool:
+    """Whether a pass shares its sums with other processes; a single process needs no process group."""
+    if not sync or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return torch.distributed.get_world_size() > 1
+
+
+def _batch_statistics(moments: Tensor, shares: Tensor, centre: Tensor | None, sync: bool) -> Tensor:
+    if not sync:
+        return _statistics_op(moments, shares, centre)
+    mean = _everywhere(shares @ moments[0])
+    away = moments[0] - (mean if centre is None else centre.double())
+    return torch.stack([mean, _everywhere(shares @ (moments[1] + away.square()))])
+
+
+def count_samples(x: Tensor, sync: bool) -> Any:
+    """Samples of the batch, of all processes together with ``sync``."""
+    if not sync:
+        return x.shape[0]
+    return int(_everywhere(torch.tensor(x.shape[0], device=x.device)))
+
+
+def even_shares(x: Tensor, samples: Any) -> Tensor:
+    """(samples here,) float64: every one of ``samples`` counts the same."""
+    return x.new_full((x.shape[0],), 1 / max(1, samples), dtype=torch.float64)
+
+
+class _PlaneNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, group_weight, group_bias, shares, given, moments, groups, eps, group_eps, sync):
+        with _quiet():
+            if moments is None:
+                moments = _moments_op(x)
+            statistics = _batch_statistics(moments, shares, None, sync) if given is None else given.clone()
+            y = _norm_op(x, moments, statistics, weight, bias, group_weight, group_bias, groups, eps, group_eps)
+        ctx.save_for_backward(x, weight, bias, group_weight, group_bias, shares, moments, statistics)
+        ctx.settings, ctx.sync = (groups, eps, group_eps), sync
+        ctx.set_materialize_grads(False)
+        if shares is None:
+            ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, grad_statistics):  # type: ignore[override]
+        x, weight, bias, group_weight, group_bias, shares, moments, statistics = ctx.saved_tensors
+        with _quiet():
+            gy = torch.zeros_like(x) if gy is None else gy.to(x.dtype)
+            whole = None
+            if ctx.sync and shares is not None:
+                *_, one, two, _, _ = reference.plane_sums(
+                    gy, x, moments, statistics, weight, bias, group_weight, *ctx.settings
+                )
+                extra = torch.zeros_like(statistics) if grad_statistics is None else grad_statistics.double()
+                whole = _everywhere(torch.cat([one.sum(0), two.sum(0), extra.flatten(), shares.sum()[None]]))
+            gx, *grads = _backward_op(
+                gy, x, moments, statistics, shares, weight, bias, group_weight, group_bias,
+                grad_statistics, whole, *ctx.settings,
+            )  # fmt: skip
+        parameters = (weight, bias, group_weight, group_bias, shares)
+        cast = (None if p is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
+        return gx, *cast, *(None,) * 6
+
+
+def plane_moments(x: Tensor) -> Tensor:
+    """(2, samples, channels) float64: mean and mean squared distance from it of every plane of x (samples, channels, space)."""
+    with torch.no_grad():
+        return _moments_op(x)
+
+
+def batch_statistics(moments: Tensor, shares: Tensor, centre: Tensor | None = None, sync: bool = False) -> Tensor:
+    """(2, channels) float64: the mean of the planes' means by shares, and the variance around it or around ``centre``."""
+    with torch.no_grad():
+        return _batch_statistics(moments, shares, centre, sync)
+
+
+def move_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    statistics: Tensor,
+    rate: float | Tensor,
+    moves: bool = True,
+    decay: float | None = None,
+) -> Tensor:
+    """Moves the running values towards ``statistics`` by the share ``rate``, unless one of these is NaN or infinite, in place where
+    ``moves``; returns the new values, (2, channels) float64.
+
+    With ``decay`` the rate is a float64 tensor () that moves with them: it becomes 1 / (1 + decay / rate) first.
+    """
+    with torch.no_grad():
+        if decay is not None:
+            assert isinstance(rate, Tensor)
+            return _move_op(running_mean, running_var, rate, statistics, 0.0, decay, moves)
+        return _move_op(running_mean, running_var, None, statistics, float(rate), 0.0, moves)
+
+
+def plane_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shares: Tensor | None,
+    statistics: Tensor | None = None,
+    *,
+    moments: Tensor | None = None,
+    groups: int = 0,
+    group_weight: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    group_eps: float = 1e-5,
+    sync: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Both stages; the second only with ``groups``. The output and the statistics of the first stage, (2, channels) float64.
+
+    Args:
+        x: (samples, channels, space).
+        weight, bias: (channels,), of the first stage.
+        shares: (samples,) float64 weights of the samples in the batch statistics, whose sum may differ from 1; gradients flow
+            through the statistics into x and the shares. None takes the statistics as constants.
+        statistics: (2, channels); with shares what :func:`batch_statistics` says of them, where that is known.
+        moments: :func:`plane_moments` of x, where they are known.
+        group_weight, group_bias: (groups,) or (channels,).
+        sync: take the statistics over all processes.
+    """
+    return _PlaneNorm.apply(
+        x.contiguous(),
+        weight,
+        bias,
+        group_weight,
+        group_bias,
+        shares,
+        statistics,
+        moments,
+        groups,
+        eps,
+        group_eps,
+        sync,
+    )  # type: ignore[return-value]

@@ -1,0 +1,377 @@
+"""AdaB2N: batch norm whose statistics give every task its share, for continual learning with rehearsal.
+
+    pi_j = (exp(omega_j) + n_j) / sum over the tasks seen so far        n_j: samples of task j in this batch, omega learned
+    mean = sum of (pi_k / n_k) * mean over the positions of x_i,  k the task of sample i;  var likewise
+    running += eta_t * (statistic - running),  eta_t = eta_(t-1) / (eta_(t-1) + (1 - momentum)^kappa)
+
+Batch norm's statistics belong to the newest task: most of a batch is new, and the running average forgets at a constant rate. Here the
+batch's statistics are weighted by task, and the rate lies between that of batch norm (kappa 1) and of a plain average (kappa 0). A
+penalty holds both near each other. Paper: "Overcoming Recency Bias of Normalization Statistics in Continual Learning: Balance and
+Adaptation" (Lyu et al.), NeurIPS 2023, arXiv 2310.08855. For online, single-pass class- or domain-incremental training with a replay
+buffer and known task ids. Not for offline training, for models without batch norm, or for streams without task boundaries.
+
+    model = hw.apply(model, hw.AdaB2N(num_tasks=5))
+    with task_batch(model, task_ids):                      # new and replayed samples in ONE forward pass
+        loss = F.cross_entropy(model(x), y) + 0.1 * balance_penalty(model)
+    end_task(model)                                        # between two tasks
+    deployed = to_batchnorm(model)                         # ordinary batch norms
+
+The task weights ``task_weight`` belong into the optimiser, without weight decay. :mod:`headway.tasks.rehearsal` has the buffer and
+the training steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from headway.kernels.planes import (
+    batch_statistics,
+    count_samples,
+    even_shares,
+    move_statistics,
+    plane_moments,
+    plane_norm,
+)
+from headway.norms.statistics import RunningStatistics
+from headway.surgery import Site, Swap, Technique, apply
+
+
+class TaskBalancedNorm(RunningStatistics, _BatchNorm):
+    """Batch norm with task-balanced statistics and a rate between exponential and cumulative averaging.
+
+    Args:
+        num_features: channels.
+        num_tasks: how many tasks there will be; :func:`grow_tasks` adds more.
+        kappa: 1 for batch norm's constant rate, 0 for a plain average of all batches.
+        momentum: batch norm's, the share of a new batch.
+        eps: added to the variance.
+        affine: a gain and an offset a channel.
+        init_task_weight: omega at the start; at -40 a task weighs what it has in the batch, at +40 all tasks weigh the same.
+        renormalize: weigh only tasks that are in the batch. False, as released, keeps the shares of absent ones, which shrinks mean
+            and variance by what is missing.
+        sync: statistics over the batches of all processes of the default group.
+
+    Shapes:
+        input and output: (N, C) or (N, C, L) for 1d, (N, C, H, W) for 2d, (N, C, D, H, W) for 3d.
+
+    The biased variance is stored. A batch with NaN or infinity and an empty one move nothing. Evaluation is batch norm's.
+
+    Raises:
+        ValueError: a setting out of its range, an input of another shape, or task ids that do not fit the batch.
+        RuntimeError: a training pass outside :func:`task_batch` once there is more than one task, or beyond the last task.
+    """
+
+    dims: tuple[int, ...] = (2, 3, 4, 5)
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    cur_tasks: Tensor
+    eta: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_tasks: int,
+        kappa: float = 0.7,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        init_task_weight: float = 0.0,
+        renormalize: bool = False,
+        sync: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1; it is {num_tasks}")
+        if not 0 <= kappa <= 1:
+            raise ValueError(f"kappa must lie between 0 and 1; it is {kappa}")
+        if momentum is None or not 0 < momentum <= 1:
+            raise ValueError(
+                f"momentum must be above 0 and at most 1; it is {momentum}. kappa=0 is the plain average that None would mean"
+            )
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        self.num_tasks, self.kappa, self.renormalize, self.sync = num_tasks, kappa, renormalize, sync
+        self.init_task_weight = init_task_weight
+        self.task_weight = nn.Parameter(torch.full((num_tasks,), float(init_task_weight), device=device, dtype=dtype))
+        first, decay = momentum**kappa, (1 - momentum) ** kappa
+        # the value before the first batch from which the recursion gives momentum^kappa at the first
+        start = 1.0 if first == 1 and decay == 0 else torch.inf if first == 1 else decay * first / (1 - first)
+        self.decay = decay
+        self.register_buffer("eta", torch.tensor(start, dtype=torch.float64, device=device))
+        self.register_buffer("cur_tasks", torch.zeros((), dtype=torch.int64, device=device))
+        self.current_task = 0  # what cur_tasks holds, without reading it back
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self.dims or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} takes {' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels as "
+                f"the second; the input has the shape {tuple(input.shape)}"
+            )
+
+    def shares(self, task_ids: Tensor, counts: Tensor) -> Tensor:
+        """(N,) float64: how much each sample counts in the batch's statistics; ``counts`` (num_tasks,) of the whole batch."""
+        seen = self.current_task + 1
+        omega, n = self.task_weight[:seen].double(), counts[:seen].double()
+        top = omega.detach().amax().clamp(min=0)  # weights of any size without overflow
+        pi = (omega - top).exp() + n * (-top).exp()
+        if self.renormalize:
+            pi = pi * (n > 0)
+        return (pi / pi.sum() / n.clamp(min=1))[task_ids]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        planes = x[..., None] if x.dim() == 2 else x.flatten(2)
+        sync = self._together()
+        if self.current_task == 0:
+            shares = even_shares(planes, count_samples(planes, sync))
+        else:
+            shares = self._task_shares(x)
+        if planes.shape[0] * planes.shape[2] == 1 and not sync:
+            warnings.warn("one value a channel in training: its variance is 0 and the output the bias", stacklevel=2)
+        moments = plane_moments(planes.detach())
+        now = batch_statistics(moments, shares.detach(), None, sync)
+        running = None
+        # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
+        if planes.numel() or sync:
+            moves = self._frozen == 0
+            running = move_statistics(self.running_mean, self.running_var, now, self.eta, moves, self.decay)
+            if moves:
+                self.num_batches_tracked.add_(1)
+        y, statistics = plane_norm(
+            planes, self.weight, self.bias, shares, now, moments=moments, eps=self.eps, sync=sync
+        )
+        self._seen = None if running is None else (statistics, running)
+        return y.reshape(x.shape)
+
+    def _task_shares(self, x: Tensor) -> Tensor:
+        if self.current_task >= self.num_tasks:
+            raise RuntimeError(f"all {self.num_tasks} tasks have ended; grow_tasks(model, n) makes room for more")
+        if self._batch is None:
+            raise RuntimeError(
+                "from the second task on, a training pass needs the tasks of its samples: with task_batch(model, task_ids): ..."
+            )
+        task_ids, counts = self._batch
+        if task_ids.shape[0] != x.shape[0]:
+            raise ValueError(f"{task_ids.shape[0]} task ids were given for a batch of {x.shape[0]} samples")
+        return self.shares(task_ids, counts)
+
+    def penalty(self) -> Tensor | None:
+        """Mean squared distance of the last training batch's statistics from the running ones as they were then, the latter
+        constant; None before the first batch."""
+        if self._seen is None:
+            return None
+        statistics, running = self._seen
+        return (statistics - running).square().mean(1).sum()
+
+    def start_task(self, task: int) -> None:
+        """Makes ``task`` (from 0) the current one."""
+        if task < 0:
+            raise ValueError(f"tasks are counted from 0; it is {task}")
+        self.current_task = task
+        self.cur_tasks.fill_(task)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.current_task = int(self.cur_tasks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batch": None, "_seen": None}  # a graph can be neither copied nor stored
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, num_tasks={self.num_tasks}, kappa={self.kappa}, momentum={self.momentum}, eps={self.eps}"
+
+    @classmethod
+    def from_batchnorm(cls, bn: _BatchNorm, num_tasks: int, **settings: Any) -> TaskBalancedNorm:
+        """The layer with the very parameters, the statistics, ``eps`` and momentum of a batch norm.
+
+        Raises:
+            ValueError: the batch norm has no momentum, and none is given, or keeps no statistics.
+        """
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError("a batch norm that keeps no running statistics has none to balance")
+        given: dict[str, Any] = {"eps": bn.eps, "momentum": bn.momentum, **settings}
+        new = cls(bn.num_features, num_tasks, affine=bn.affine, **given)
+        new.to(bn.running_mean.device)
+        if bn.affine:
+            new.weight, new.bias = bn.weight, bn.bias
+        new.running_mean.copy_(bn.running_mean)
+        new.running_var.copy_(bn.running_var)
+        return new.train(bn.training)
+
+
+class AdaB2N1d(TaskBalancedNorm):
+    __doc__ = TaskBalancedNorm.__doc__
+    dims = (2, 3)
+
+
+class AdaB2N2d(TaskBalancedNorm):
+    __doc__ = TaskBalancedNorm.__doc__
+    dims = (4,)
+
+
+class AdaB2N3d(TaskBalancedNorm):
+    __doc__ = TaskBalancedNorm.__doc__
+    dims = (5,)
+
+
+_BALANCED: dict[type[nn.Module], type[TaskBalancedNorm]] = {
+    nn.BatchNorm1d: AdaB2N1d,
+    nn.BatchNorm2d: AdaB2N2d,
+    nn.BatchNorm3d: AdaB2N3d,
+}
+
+
+@dataclass(frozen=True)
+class AdaB2N(Technique):
+    """Replaces every batch norm by one with task-balanced statistics.
+
+    Attributes:
+        num_tasks, kappa, init_task_weight, renormalize, sync: of :class:`TaskBalancedNorm`.
+        momentum: None keeps that of each batch norm.
+    """
+
+    num_tasks: int = 10
+    kappa: float = 0.7
+    momentum: float | None = None
+    init_task_weight: float = 0.0
+    renormalize: bool = False
+    sync: bool = False
+
+    looks_for: ClassVar[str] = "nn.BatchNorm1d, 2d or 3d"
+
+    def change(self, site: Site) -> nn.Module | None:
+        kind = _BALANCED.get(type(site.module))
+        if kind is None:
+            return None
+        settings = {name: value for name, value in self.settings().items() if value is not None}
+        return kind.from_batchnorm(site.module, **settings)  # type: ignore[arg-type]
+
+
+def convert_adab2n(model: nn.Module, num_tasks: int, kappa: float = 0.7, **settings: Any) -> nn.Module:
+    """:class:`AdaB2N` applied in place."""
+    return apply(model, AdaB2N(num_tasks, kappa, **settings))
+
+
+def layers(model: nn.Module) -> list[TaskBalancedNorm]:
+    """The task-balanced norms of a model."""
+    return [module for module in model.modules() if isinstance(module, TaskBalancedNorm)]
+
+
+@contextmanager
+def task_batch(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
+    """Within it, ``task_ids`` (N,) says of which task each sample of a training batch is; a model without task-balanced norms is left
+    alone. The counts are taken once, for all layers. With gradient checkpointing the backward belongs into the block too.
+
+    Raises:
+        ValueError: an id below 0 or above the current task, or ids that are not one integer a sample.
+    """
+    found = layers(model)
+    if found:
+        if task_ids.dim() != 1 or task_ids.is_floating_point():
+            raise ValueError(
+                f"task_ids must be integers of shape (N,); they are {task_ids.dtype} {tuple(task_ids.shape)}"
+            )
+        first = found[0]
+        task_ids = task_ids.to(first.task_weight.device, torch.int64)
+        low, high = (int(v) for v in task_ids.aminmax()) if task_ids.numel() else (0, 0)
+        if low < 0 or high > first.current_task:
+            raise ValueError(
+                f"task ids must lie from 0 to the current task {first.current_task}; they go from {low} to {high}: "
+                "end_task(model) starts the next task"
+            )
+        counts = torch.bincount(task_ids, minlength=max(first.num_tasks, first.current_task + 1))
+        if first._together():
+            torch.distributed.all_reduce(counts)
+        for layer in found:
+            layer._batch = task_ids, counts
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer._batch = None
+
+
+def balance_penalty(model: nn.Module, start_task: int = 1) -> Tensor:
+    """The sum of the layers' penalties for their last training batch, to be weighted (0.1) and added to the loss; 0 before the task
+    ``start_task``, and for a model without task-balanced norms."""
+    found = [layer for layer in layers(model) if layer.current_task >= start_task]
+    penalties = [penalty for layer in found if (penalty := layer.penalty()) is not None]
+    if not penalties:
+        some = next(model.parameters(), None)
+        return torch.zeros(()) if some is None else some.new_zeros(())
+    weight = found[0].task_weight
+    return torch.stack(penalties).sum().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def start_task(model: nn.Module, task: int) -> None:
+    """Makes ``task`` (from 0) the current one in every task-balanced norm."""
+    for layer in layers(model):
+        layer.start_task(task)
+
+
+def end_task(model: nn.Module) -> None:
+    """Ends the current task; the next one begins."""
+    for layer in layers(model):
+        layer.start_task(layer.current_task + 1)
+
+
+def grow_tasks(model: nn.Module, n: int, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Makes room for ``n`` more tasks. The optimiser's groups are re-pointed at the longer weights; its state is kept for the tasks
+    there were.
+
+    Raises:
+        ValueError: n below 1, or a model without task-balanced norms.
+    """
+    found = layers(model)
+    if n < 1 or not found:
+        raise ValueError(f"tasks are added one or more at a time to a model with task-balanced norms; n is {n}")
+    for layer in found:
+        old = layer.task_weight
+        more = old.detach().new_full((n,), layer.init_task_weight)
+        layer.task_weight = nn.Parameter(torch.cat([old.detach(), more]), old.requires_grad)
+        layer.num_tasks += n
+        if optimizer is None:
+            continue
+        for group in optimizer.param_groups:
+            group["params"] = [layer.task_weight if p is old else p for p in group["params"]]
+        state = optimizer.state.pop(old, None)
+        if state is not None:
+            optimizer.state[layer.task_weight] = {
+                key: torch.cat([value, value.new_zeros(n)])
+                if isinstance(value, Tensor) and value.shape == old.shape
+                else value
+                for key, value in state.items()
+            }
+    return model
+
+
+def to_batchnorm(model: nn.Module) -> nn.Module:
+    """Plain batch norms with the same parameters and statistics in place, for deployment: the same outputs in evaluation. Returns the
+    model, or a new module where the model is itself such a norm."""
+    root = model
+    plain = {ours: bn for bn, ours in _BALANCED.items()}
+    for name, module in list(model.named_modules()):
+        if type(module) not in plain:
+            continue
+        assert isinstance(module, TaskBalancedNorm)
+        new: Any = plain[type(module)](module.num_features, module.eps, module.momentum, module.affine)  # type: ignore[call-arg]
+        new.weight, new.bias = module.weight, module.bias
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(new, buffer, getattr(module, buffer).clone())
+        Swap(model, name, module, new.train(module.training)).do()
+        root = new if module is model else root
+    return root

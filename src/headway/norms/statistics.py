@@ -1,0 +1,47 @@
+"""What every layer with running statistics needs: they stay in full precision, and they can be held still for a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from headway.kernels.planes import together
+
+
+class RunningStatistics(nn.Module):
+    """A module whose floating point buffers stay float32 or wider and whose training passes can be told to move none of them.
+
+    ``sync``: whether the statistics are those of all processes of the default group.
+    """
+
+    sync: bool = False
+    _frozen: int = 0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():  # model.half() leaves the statistics in float32
+            new = self._buffers[name]
+            if old is not None and new is not None and new.is_floating_point() and new.dtype.itemsize < 4:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @contextmanager
+    def freeze_statistics(self) -> Iterator[None]:
+        """Within it, a training pass computes what it would compute anyhow but moves no statistic, neither does its backward.
+
+        With gradient checkpointing, freeze the first of the two passes, so that both start from the same state and the second
+        one alone moves it: ``checkpoint(..., context_fn=lambda: (norm.freeze_statistics(), nullcontext()))``.
+        """
+        self._frozen += 1
+        try:
+            yield
+        finally:
+            self._frozen -= 1
+
+    def _together(self) -> bool:
+        """Whether this pass shares its sums with other processes; a single process needs no process group."""
+        return together(self.sync)
