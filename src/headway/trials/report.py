@@ -213,7 +213,7 @@ def _costs(comparison: Comparison) -> go.Figure | None:
     if not rows:
         return None
     figure = make_subplots(
-        1, 2, subplot_titles=("step, ms (median)", "peak memory of training, MiB"), horizontal_spacing=0.28
+        1, 2, subplot_titles=("step, ms (median)", "peak memory of training, MiB"), horizontal_spacing=0.06
     )
     colours = [COLOURS[comparison.arms.index(row.arm) % len(COLOURS)] for row in rows]
     for column, values in enumerate(
@@ -229,6 +229,7 @@ def _costs(comparison: Comparison) -> go.Figure | None:
             row=1,
             col=column,
         )
+    figure.update_yaxes(showticklabels=False, col=2)  # the arms stand in the same order on the left
     figure.update_yaxes(autorange="reversed", automargin=True)
     return _dress(figure, 110 + 34 * len(rows))
 
