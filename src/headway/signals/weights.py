@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from headway.optim.effective import follows_gradient_size
 from headway.signals.calls import norm
 from headway.signals.row import NAN
 
@@ -54,7 +55,7 @@ class Weights:
         mine = {id(parameter) for parameter in own}
         for group in self.optimizer.param_groups:
             if any(id(parameter) in mine for parameter in group["params"]):
-                if isinstance(self.optimizer, torch.optim.SGD):
+                if follows_gradient_size(self.optimizer):
                     return float(group["lr"]) / length**2
                 return float(group["lr"]) / (length / math.sqrt(sum(parameter.numel() for parameter in own)))
         return NAN
