@@ -15,6 +15,7 @@ from headway.tasks.task import Task, get, names
     "name",
     [
         "stdlib-text",
+        "text-reversal",
         "digits",
         "digits-vit",
         "digits-relabelled",
@@ -45,6 +46,7 @@ def test_a_task_gives_all_that_a_comparison_needs(name):
     "name",
     [
         "stdlib-text",
+        "text-reversal",
         "digits",
         "digits-relabelled",
         "digits-blocks",
@@ -157,4 +159,5 @@ def test_built_in_names_are_listed():
         "stdlib-text",
         "table",
         "text",
+        "text-reversal",
     ]

@@ -15,16 +15,19 @@ from headway.claims.evidence import Evidence, verdict
 from headway.measure import copy_bandwidth, paired
 from headway.norms.power import PowerNorm
 from headway.norms.unified import UnifiedNorm
+from headway.tasks.task import Task
 from headway.tasks.text import StdlibText
 
 Make = Callable[[int], nn.Module]
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of every channel over all tokens: (..., C) -> (..., C)."""
+    """Batch normalisation of every channel over all tokens that are no padding: (..., C) -> (..., C)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.flatten(0, -2)).view(input.shape)
+    def forward(self, input: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        if pad_mask is None:
+            return super().forward(input.flatten(0, -2)).view(input.shape)
+        return input.masked_scatter(~pad_mask[..., None], super().forward(input[~pad_mask]))
 
 
 def makers(steps: int) -> dict[str, Make]:
@@ -62,6 +65,11 @@ def train(
 ) -> Run:
     """Trains a pre-norm decoder on the standard library's text with Adam at a fixed rate; the seed fixes weights and batches."""
     task: Any = StdlibText(depth=depth, dim=dim, norm=make)  # type: ignore[arg-type]
+    return train_on(task, name, seed, steps, rate, batch_size)
+
+
+def train_on(task: Task, name: str, seed: int, steps: int, rate: float, batch_size: int) -> Run:
+    """Trains a task's model with Adam at a fixed rate; ``name`` is that of its norm."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.model(seed).train()

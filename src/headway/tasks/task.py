@@ -23,6 +23,7 @@ from headway.tasks.names import parse
 _BUILT_IN = {
     "stdlib-text": "headway.tasks.text:StdlibText",
     "text": "headway.tasks.text:TextFiles",
+    "text-reversal": "headway.tasks.reversal:TextReversal",
     "digits": "headway.tasks.digits:Digits",
     "digits-vit": "headway.tasks.digits:DigitsViT",
     "digits-relabelled": "headway.tasks.relabelled:DigitsRelabelled",
