@@ -49,6 +49,11 @@ class Technique:
         ``hw.apply(..., optimizer=)`` with the user's, which must come back."""
         return optimizer
 
+    def for_loading(self) -> Technique:
+        """The same change for a fresh model whose weights and statistics are loaded right afterwards. Override it where the
+        change asks for values that such a model does not have yet."""
+        return self
+
     def settings(self) -> dict[str, Any]:
         """The fields and their values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
@@ -111,10 +116,12 @@ class Replace(Technique):
         return self.layer.from_module(site.module, site=site, **self.given)  # type: ignore[attr-defined]
 
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
+        from headway.checkpoints import record_layer
+
         found = super().edits(model, sites)
         # a layer that is still a layer norm computes what torch's fused call computes
         other = [e.old for e in found if isinstance(e, Swap) and not isinstance(e.new, nn.LayerNorm)]
-        return [*found, *fused_paths_off(model, other)]
+        return [*found, *fused_paths_off(model, other), *record_layer(model, self, [e.name for e in found])]
 
     def settings(self) -> dict[str, Any]:
         return dict(self.given)

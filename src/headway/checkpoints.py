@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from headway.surgery import Edit, SetAttribute, Site, Technique, apply
+from headway.surgery import Edit, Replace, SetAttribute, Site, Technique, apply
 
 
 def record(model: nn.Module, technique: Technique, sites: Sequence[Site] | None = None) -> list[Edit]:
@@ -21,14 +21,45 @@ def record(model: nn.Module, technique: Technique, sites: Sequence[Site] | None 
 
     ``sites`` are the modules the user allowed to change; where they are not all of the model's, their names are noted too.
     """
-    config = getattr(model, "config", None)
-    if not (hasattr(config, "to_dict") and hasattr(config, "save_pretrained")):
+    return _noted(
+        model,
+        type(technique),
+        _settings(technique),
+        None if sites is None or not _saves(model) else _where(model, sites),
+    )
+
+
+def record_layer(model: nn.Module, technique: Replace, names: Sequence[str]) -> list[Edit]:
+    """The edit that notes which modules were replaced by one of headway's layers; none for a layer of the user's own, which
+    could not be found again, or for settings that JSON cannot hold."""
+    layer = technique.layer
+    try:
+        json.dumps(dict(technique.given))
+    except TypeError:
         return []
-    kind = type(technique)
-    entry: dict[str, Any] = {"technique": f"{kind.__module__}:{kind.__qualname__}", "settings": _settings(technique)}
-    if sites is not None and (where := _where(model, sites)) is not None:
+    if not names or not layer.__module__.startswith("headway."):
+        return []
+    settings = {"layer": _path(layer), **technique.given}
+    return _noted(model, type(technique), settings, [glob.escape(name) for name in names])
+
+
+def _saves(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return hasattr(config, "to_dict") and hasattr(config, "save_pretrained")
+
+
+def _noted(model: nn.Module, kind: type, settings: dict[str, Any], where: list[str] | None) -> list[Edit]:
+    if not _saves(model):
+        return []
+    config: Any = model.config
+    entry: dict[str, Any] = {"technique": _path(kind), "settings": settings}
+    if where is not None:
         entry["where"] = where
     return [SetAttribute(config, "headway", [*getattr(config, "headway", []), entry], name="config.headway")]
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _where(model: nn.Module, sites: Sequence[Site]) -> list[str] | None:
@@ -84,7 +115,7 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
         # what a technique says of the weights it finds was said when it was applied; these are replaced at once
         warnings.simplefilter("ignore", UserWarning)
         for entry in entries:
-            apply(model, _technique(entry), where=entry.get("where"))
+            apply(model, _technique(entry).for_loading(), where=entry.get("where"))
     index = folder / "model.safetensors.index.json"
     files = (
         sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -122,12 +153,24 @@ def _names_on_disk(model: nn.Module) -> dict[str, str]:
 
 
 def _technique(entry: dict[str, Any]) -> Technique:
+    kind, settings = _found(entry["technique"]), dict(entry["settings"])
+    if not issubclass(kind, Technique):
+        raise ValueError(f"the configuration names {entry['technique']!r}, which is not a technique")
+    if kind is Replace:
+        layer = _found(settings.pop("layer"))
+        if not issubclass(layer, nn.Module):
+            raise ValueError(f"the configuration names {entry['settings']['layer']!r}, which is not a layer")
+        return Replace(layer, **settings)
+    return kind(**settings)
+
+
+def _found(path: str) -> type:
     import importlib
 
-    module, _, name = entry["technique"].partition(":")
+    module, _, name = path.partition(":")
     if not module.startswith("headway."):
-        raise ValueError(f"the configuration names {entry['technique']!r}, which is not one of headway's techniques")
+        raise ValueError(f"the configuration names {path!r}, which is not one of headway's techniques")
     kind = getattr(importlib.import_module(module), name)
-    if not (isinstance(kind, type) and issubclass(kind, Technique)):
-        raise ValueError(f"the configuration names {entry['technique']!r}, which is not a technique")
-    return kind(**entry["settings"])
+    if not isinstance(kind, type):
+        raise ValueError(f"the configuration names {path!r}, which is not a class")
+    return kind

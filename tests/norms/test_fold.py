@@ -294,3 +294,34 @@ def test_where_and_exclude_choose_what_is_replaced_and_the_plan_names_it():
     assert not [row.name for row in plan.rows if row.name.startswith("decoder") or row.name == "encoder.norm"]
     hw.apply(model, PowerNorm, where=["encoder.*"])
     assert isinstance(model.encoder.norm, PowerNorm) and isinstance(model.decoder.norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["unified", "power"])
+def test_a_changed_and_folded_model_is_saved_and_loaded_again_bitwise(tmp_path, family, kind):
+    model = build(family)
+    layer, settings = (UnifiedNorm, {}) if kind == "unified" else (PowerNorm, {"group_num": None})
+    hw.apply(model, hw.Replace(layer, warmup_iters=1, **settings))
+    with torch.no_grad():
+        for _ in range(3):
+            run(family, model.train())
+    model.eval().save_pretrained(tmp_path / "trained")
+    loaded = hw.load_pretrained(tmp_path / "trained")
+    assert len(norms(loaded)) == len(norms(model)) > 0
+    assert torch.equal(run(family, loaded), run(family, model))
+    hw.apply(model, hw.FoldNorms())
+    model.save_pretrained(tmp_path / "folded")
+    folded = hw.load_pretrained(tmp_path / "folded")
+    assert not norms(folded)
+    assert torch.equal(run(family, folded), run(family, model))
+
+
+def test_a_layer_of_ones_own_is_not_noted_in_the_configuration():
+    class Mine(nn.LayerNorm):
+        @classmethod
+        def from_module(cls, module, *, site):
+            return cls(module.normalized_shape) if type(module) is nn.LayerNorm else None
+
+    model = build("gpt2")
+    hw.apply(model, Mine)
+    assert not getattr(model.config, "headway", [])

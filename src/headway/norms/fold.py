@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from headway.checkpoints import record
 from headway.norms.power import PowerNorm
 from headway.norms.readers import Reader, readers_of
 from headway.norms.unified import UnifiedNorm
@@ -65,7 +66,7 @@ class FoldNorms(Technique):
         if not norms:
             return []
         for name, norm in norms.items():
-            _check(name, norm)
+            self._check(name, norm)
         found: list[Edit] = []
         # a reader may read several norms only if it is shared, and then it is no reader (see readers_of)
         for name, readers in readers_of(model, norms).items():
@@ -77,10 +78,29 @@ class FoldNorms(Technique):
                 found.append(_Replaced(model, name, norm, like(places[name], new), readers))
                 continue
             for reader in readers:
-                found += _absorb(reader, name, scale, shift)
+                found += _absorb(reader, name, scale, shift, norm.bias is not None)
             names = ", ".join(reader.name for reader in readers)
             found.append(_Replaced(model, name, norm, like(places[name], nn.Identity()), f"folded into {names}"))
-        return [*found, *fused_paths_off(model, norms.values())]
+        return [*found, *fused_paths_off(model, norms.values()), *record(model, FoldNorms(), sites)]
+
+    def for_loading(self) -> Technique:
+        return _FoldedForm()
+
+    def _check(self, name: str, norm: Any) -> None:
+        if norm.training:
+            raise RuntimeError(f"{name} is in training mode, where its statistics still move; call model.eval() first")
+        if int(norm.iters) == 0:
+            raise RuntimeError(
+                f"{name} has seen no batch, so its statistics mean nothing; train the model before folding"
+            )
+        _check_groups(name, norm)
+
+
+class _FoldedForm(FoldNorms):
+    """Only the shape that folding gives a model: its weights are loaded next."""
+
+    def _check(self, name: str, norm: Any) -> None:
+        _check_groups(name, norm)
 
 
 class _Replaced(Swap):
@@ -110,11 +130,7 @@ class _Absorbed(SetParameter):
         return before, f"{after} with {self._norm}"
 
 
-def _check(name: str, norm: Any) -> None:
-    if norm.training:
-        raise RuntimeError(f"{name} is in training mode, where its statistics still move; call model.eval() first")
-    if int(norm.iters) == 0:
-        raise RuntimeError(f"{name} has seen no batch, so its statistics mean nothing; train the model before folding")
+def _check_groups(name: str, norm: Any) -> None:
     if isinstance(norm, PowerNorm) and norm.group_num is not None:
         raise RuntimeError(
             f"{name} divides {norm.group_num} group(s) of channels by their own mean square at every token, which no linear "
@@ -135,8 +151,8 @@ def _scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _absorb(reader: Reader, norm: str, scale: Tensor, shift: Tensor) -> list[Edit]:
-    """Weight and bias of one reader with the norm in them; a bias that was None appears only where it is needed."""
+def _absorb(reader: Reader, norm: str, scale: Tensor, shift: Tensor, shifts: bool) -> list[Edit]:
+    """Weight and bias of one reader with the norm in them; a bias that was None appears only where the norm has one."""
     module, rows = reader.module, reader.rows
     old: Any = module._parameters[reader.weight]
     weight = old.double()
@@ -151,7 +167,7 @@ def _absorb(reader: Reader, norm: str, scale: Tensor, shift: Tensor) -> list[Edi
         _Absorbed(module, reader.weight, whole.to(old.dtype), f"{reader.name}.{reader.weight}", norm, old.requires_grad)
     ]
     bias: Any = module._parameters.get(reader.bias)
-    if bias is not None or added.any():
+    if bias is not None or shifts:
         new = (added if bias is None else bias.double() + added).to(old.dtype)
         wanted = old.requires_grad if bias is None else bias.requires_grad
         found.append(_Absorbed(module, reader.bias, new, f"{reader.name}.{reader.bias}", norm, wanted))
