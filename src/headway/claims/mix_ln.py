@@ -77,8 +77,8 @@ def _perplexity(results: Sequence[dict[str, Any]], others: Sequence[dict[str, An
         f"{pre_rate:g} (pre); held-out nats a byte, pre / mix: {by_rate}" + (f"; beside them at {LOW:g}{beside}" if beside else ""),
         "Pre-LN, same rates, clipping, warm-up, start and bytes",
         compared(mix, pre),
-        f"Mix-LN is {gap:+.3f} nats ahead, standard error {error:.3f}; {_setting(results)}; the paper's gain is one of 130M "
-        "parameters and 2 billion tokens",
+        f"Mix-LN is {abs(gap):.3f} nats {'ahead' if gap > 0 else 'behind'}, standard error {error:.3f}; {_setting(results)}; "
+        "the paper's gain is one of 130M parameters and 2 billion tokens",
         rows=[
             {"placement": r["placement"], "rate": r["rate"], "seed": r["seed"], "held out": r["held_out"], "largest": r["largest"]}
             for r in [*results, *others]

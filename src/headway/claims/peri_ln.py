@@ -207,8 +207,8 @@ def _loss(results: Sequence[dict[str, Any]], longer: Sequence[dict[str, Any]]) -
         f"held-out nats a byte, {told}",
         "Pre-LN at its own best rate",
         compared(peri, pre),
-        f"Peri-LN is {abs(gap):.3f} nats {'ahead' if gap > 0 else 'behind'}, standard error {error:.3f}; {_setting(results)}; the paper's gain is one of 400M "
-        "parameters and billions of tokens, and is not expected at this size",
+        f"Peri-LN is {abs(gap):.3f} nats {'ahead' if gap > 0 else 'behind'}, standard error {error:.3f}; {_setting(results)}; "
+        "the paper's gain is one of 400M parameters and billions of tokens, and is not expected at this size",
         rows=[
             {
                 "placement": r["placement"],
