@@ -17,7 +17,8 @@ tenth as strongly (``wd_ratio``) on the tensors that are found. A parameter whos
 and counts as scale invariant. Complex parameters are pairs of real numbers.
 
 Weight decay lies outside the gradient, as in AdamW. SGDP keeps its momentum unprojected, as in the paper; the official code, which
-projects it in place, is ``official_inplace=True``.
+projects it in place, is ``official_inplace=True``. In several processes equal gradients (DDP) give equal steps; parameters that
+FSDP2 or tensor parallelism cuts into parts are projected by their whole rows (:mod:`headway.optim.sharded`).
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ class AdamP(Projected):
                 own["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [[own[name] for own in states] for name in ("exp_avg", "exp_avg_sq", "step")]
 
-    def _run(self, way: Way, group: dict[str, Any], lists: list[list[Tensor]]) -> Tensor:
+    def _run(
+        self, way: Way, group: dict[str, Any], lists: list[list[Tensor]], wholes: Sequence[Tensor] | None = None
+    ) -> Tensor:
         lr, (beta1, beta2) = rate_of(group, way), group["betas"]
         if way == "foreach":
-            return _adamp_lists(group, *lists, lr)  # type: ignore[arg-type]
+            return _adamp_lists(group, *lists, lr, wholes)  # type: ignore[arg-type]
         if way == "fused" and any(k.dtype != torch.float32 or k.device.type != "cpu" for k in lists[4]):
             way = "loop"
         step: Callable[..., Tensor] = radial.adamp_ if way == "fused" else reference.adamp_
@@ -113,6 +116,7 @@ def _adamp_lists(
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     lr: Any,
+    wholes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     beta1, beta2 = group["betas"]
     torch._foreach_add_(steps, 1)
@@ -143,10 +147,10 @@ def _adamp_lists(
         sizes = [lr * root / (1 - beta1**k) for root, k in zip(roots, counts, strict=True)]
     for a, b in zip(top, u, strict=True):
         torch.div(a, b, out=b)
-    if u[0].dtype != params[0].dtype:
+    if u[0].dtype != params[0].dtype and wholes is None:
         settings = delta_of(group), group["wd_ratio"], float(group["eps"]), False
         return reference.radial_step_(params, grads, u, sizes, lr * group["weight_decay"], *settings)
-    return finish(group, params, grads, u, sizes, lr * group["weight_decay"])
+    return finish(group, params, grads, u, sizes, lr * group["weight_decay"], wholes=wholes)
 
 
 class SGDP(Projected):
@@ -210,12 +214,14 @@ class SGDP(Projected):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [[self.state[p]["momentum_buffer"] for p in params]]
 
-    def _run(self, way: Way, group: dict[str, Any], lists: list[list[Tensor]]) -> Tensor:
+    def _run(
+        self, way: Way, group: dict[str, Any], lists: list[list[Tensor]], wholes: Sequence[Tensor] | None = None
+    ) -> Tensor:
         lr = rate_of(group, way)
         params, grads, buffers = (*lists, []) if len(lists) == 2 else lists
         # on a CPU a pass over memory for each operation is all that a step of SGD costs: lists go to the one C++ call as well
-        if way == "foreach" and not (radial.native(params[0]) and radial.lie_alike(*lists)):
-            return _sgdp_lists(group, params, grads, buffers, lr)
+        if way == "foreach" and (wholes is not None or not (radial.native(params[0]) and radial.lie_alike(*lists))):
+            return _sgdp_lists(group, params, grads, buffers, lr, wholes)
         step: Callable[..., Tensor] = reference.sgdp_ if way == "loop" else radial.sgdp_
         rest = group["weight_decay"], delta_of(group), float(group["wd_ratio"])
         flags = group["nesterov"], group["maximize"], group["official_inplace"]
@@ -224,7 +230,12 @@ class SGDP(Projected):
 
 
 def _sgdp_lists(
-    group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: Any
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    lr: Any,
+    wholes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     momentum, share = float(group["momentum"]), 1 - float(group["dampening"])
     if group["maximize"]:
@@ -238,4 +249,4 @@ def _sgdp_lists(
         updates = buffers or (grads if share == 1 else list(torch._foreach_mul(grads, share)))
     keep = bool(group["official_inplace"] and buffers and not group["nesterov"])
     decay = lr * group["weight_decay"] / (1 - momentum)
-    return finish(group, params, grads, updates, [lr] * len(params), decay, keep)
+    return finish(group, params, grads, updates, [lr] * len(params), decay, keep, wholes)

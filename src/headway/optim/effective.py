@@ -8,9 +8,12 @@ eta / ||W||. Growing norms are therefore a hidden decay of the learning rate. va
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from headway.optim.sharded import is_spread
 
 
 def follows_gradient_size(optimizer: torch.optim.Optimizer) -> bool:
@@ -34,4 +37,5 @@ def effective_rates(optimizer: torch.optim.Optimizer, params: Mapping[str, Tenso
 
 
 def _norm(p: Tensor) -> float:
-    return float(torch.linalg.vector_norm(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32))
+    norm: Any = torch.linalg.vector_norm(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+    return float(norm.full_tensor() if is_spread(norm) else norm)

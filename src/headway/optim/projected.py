@@ -2,7 +2,8 @@
 
 Three implementations give the same results: the loop (``foreach=False``, plain torch, the truth), ``foreach`` (lists of tensors,
 no question to the device, fit for CUDA graphs), and ``fused`` (one C++ call on the CPU). Left to itself the optimiser takes the
-fused one where it is built, lists on a GPU, and the loop otherwise.
+fused one where it is built, lists on a GPU, and the loop otherwise. Matrices spread over processes (``DTensor``) take the lists
+and the end of :mod:`headway.optim.sharded`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from headway.kernels import radial
 from headway.kernels.radial import reference
+from headway.optim import sharded
 
 Way = Literal["loop", "foreach", "fused"]
 KINDS = ("none", "channel", "layer")
@@ -123,6 +125,9 @@ class Projected(Optimizer):
                 first += 1
             if not params:
                 continue
+            spread = sharded.any_spread(params)
+            if spread:
+                grads = [sharded.here(g, p) for g, p in zip(grads, params, strict=True)]
             if any(g.is_sparse for g in grads):
                 raise TypeError(
                     f"{type(self).__name__} takes no sparse gradients, whose rows it cannot compare with the weights; build the "
@@ -130,11 +135,32 @@ class Projected(Optimizer):
                 )
             if scale is not None:
                 torch._foreach_div_(grads, scale.to(grads[0].device))
-            self._step_group(group, params, grads, index)
+            states = self._states(group, params)
+            if spread:
+                self._step_spread(group, params, [grads, *states], index)
+            else:
+                self._step_group(group, [params, grads, *states], index)
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], index: list[int]) -> None:
-        lists = [params, grads, *self._states(group, params)]
+    def _step_spread(
+        self, group: dict[str, Any], params: list[Tensor], others: list[list[Tensor]], index: list[int]
+    ) -> None:
+        """Parameters of which every process has a part: cut matrices together, so that processes speak once, the rest alone."""
+        lists = [list(map(sharded.here, tensors)) for tensors in (params, *others)]
+        shared = [bool(delta_of(group) and p.dim() > 1 and p.numel() and sharded.cuts(p)) for p in params]
+        alone = [i for i, cut in enumerate(shared) if not cut]
+        if alone:
+            self._step_group(group, [[tensors[i] for i in alone] for tensors in lists], [index[i] for i in alone])
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, p in enumerate(lists[0]):
+            if shared[i]:
+                kinds.setdefault((p.device, p.dtype), []).append(i)
+        for rows in kinds.values():
+            part = [[tensors[i] for i in rows] for tensors in lists]
+            found = self._run("foreach", group, part, [params[i] for i in rows])
+            self._kinds.append(([index[i] for i in rows], found))
+
+    def _step_group(self, group: dict[str, Any], lists: list[list[Tensor]], index: list[int]) -> None:
         if torch.compiler.is_compiling():
             self._run("loop", group, lists)
             return
@@ -171,7 +197,10 @@ class Projected(Optimizer):
     def _states(self, group: dict[str, Any], params: Sequence[Tensor]) -> list[list[Tensor]]:
         raise NotImplementedError
 
-    def _run(self, way: Way, group: dict[str, Any], lists: list[list[Tensor]]) -> Tensor:
+    def _run(
+        self, way: Way, group: dict[str, Any], lists: list[list[Tensor]], wholes: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """One step of some parameters; ``wholes`` are those of which ``lists`` hold this process's parts alone."""
         raise NotImplementedError
 
     def projection_report(self) -> dict[int, str]:
@@ -202,10 +231,13 @@ def finish(
     steps: Sequence[Any],
     decay: Any,
     keep: bool = False,
+    wholes: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Projects, decays and moves a list of parameters by given updates, in C++ where it can. ``keep`` writes the projected
-    updates back. Returns the kinds."""
+    updates back; ``wholes`` are the parameters of which ``params`` are this process's parts. Returns the kinds."""
     settings = delta_of(group), float(group["wd_ratio"]), float(group["eps"]), keep
+    if wholes is not None:
+        return sharded.radial_step_(wholes, params, grads, updates, steps, decay, *settings)
     plain = not isinstance(decay, Tensor) and not isinstance(steps[0], Tensor)
     if (
         plain
