@@ -73,11 +73,11 @@ def radial_step_(
     has of the parameters ``wholes``. Every process must give the same parameters in the same order."""
     ways = [cuts(p) for p in wholes]
     sums = [_row_sums(wide(p), wide(g), wide(u)) for p, g, u in zip(params, grads, updates, strict=True)]
-    sums = _exchange(sums, [[group for group, inside in way if inside] for way in ways], lambda parts: parts.sum(0))
+    sums = exchange(sums, [[group for group, inside in way if inside] for way in ways], lambda parts: parts.sum(0))
     # the most of no row is 0, which no threshold lies below
     found = [torch.cat([likeness(s, eps).amax()[None] if s.shape[1] else s.new_zeros(1), s.sum(1)]) for s in sums]
     across = [[group for group, inside in way if not inside] for way in ways]
-    found = _exchange(found, across, _most_and_sums)
+    found = exchange(found, across, _most_and_sums)
     kinds = []
     for i, (p, whole) in enumerate(zip(params, wholes, strict=True)):
         numel, width = whole.numel(), whole.numel() // len(whole)
@@ -105,7 +105,7 @@ def _most_and_sums(parts: Tensor) -> Tensor:
     return torch.cat([parts[:, :1].amax(0), parts[:, 1:].sum(0)])
 
 
-def _exchange(parts: list[Tensor], groups: list[list[Any]], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def exchange(parts: list[Tensor], groups: list[list[Any]], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Every tensor of ``parts`` reduced over its process groups, one call a group for all of its tensors together."""
     parts = list(parts)
     for group in dict.fromkeys(group for own in groups for group in own):
@@ -115,5 +115,5 @@ def _exchange(parts: list[Tensor], groups: list[list[Any]], reduce: Callable[[Te
         dist.all_gather(every, flat, group=group)
         pieces = torch.stack(every).split([parts[i].numel() for i in chosen], 1)
         for i, piece in zip(chosen, pieces, strict=True):
-            parts[i] = reduce(piece.unflatten(1, parts[i].shape))
+            parts[i] = reduce(piece.reshape(len(every), *parts[i].shape))
     return parts

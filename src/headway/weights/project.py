@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from headway.optim.effective import effective_rates, follows_gradient_size
+from headway.weights import spheres
 from headway.weights.invariance import HOMOGENEOUS, followed_by_norm, links, output_changes
 
 _SMALL = 1e-12
-_HALF_STEP = 2.0**-8
 
 
 class NaP:
@@ -86,13 +86,13 @@ class NaP:
         # tied weights once, under their first name; vectors and numbers never
         self.weights = {n: p for n, p in chosen.items() if p.dim() > 1 and not (id(p) in seen or seen.add(id(p)))}
         with torch.no_grad():
-            self.rho = {name: self._norm(p).clone() for name, p in self.weights.items()}
+            self.rho = {name: spheres.norm(p.detach(), per == "row") for name, p in self.weights.items()}
             self.rho_scale = {name: _pair_norm(*pair) for name, pair in self.affine.items()}
         for name, rho in self.rho.items():
             if not bool((rho > 0).any()):
                 warnings.warn(f"{name} is zero and stays zero: it has no direction to keep", stacklevel=2)
         self.steps = 0
-        self._skipped: Tensor | None = None
+        self._missed: dict[torch.device, Tensor] = {}
         self._handles: list[Any] = []
 
     def _of_model(self, model: nn.Module, include: list[str], exclude: list[str]) -> dict[str, Tensor]:
@@ -118,47 +118,24 @@ class NaP:
 
     # --- projecting
 
-    def _norm(self, p: Tensor) -> Tensor:
-        dtype = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
-        if self.per == "row":
-            return torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=_as(p, dtype)).real
-        return torch.linalg.vector_norm(p, dtype=_as(p, dtype)).real
-
     @torch.no_grad()
     def project(self) -> None:
         """Puts every weight back on its sphere. A norm that is not finite leaves its tensor alone and is counted (``skipped``)."""
-        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         for name, p in self.weights.items():
-            groups.setdefault((p.device, p.dtype), []).append(name)
-        for (_, dtype), names in groups.items():
-            params = [self.weights[name].detach() for name in names]
-            rough = dtype in (torch.bfloat16, torch.float16)
-            if self.per == "row" or params[0].is_complex():
-                norms = [self._norm(p) for p in params]
-                factors = [self._factor(self.rho[n].to(s.device), s, rough) for n, s in zip(names, norms, strict=True)]
-                factors = [
-                    f.view(-1, *[1] * (p.dim() - 1)) if f.dim() else f for f, p in zip(factors, params, strict=True)
-                ]
-            else:
-                norms = torch.stack(torch._foreach_norm(params, 2, dtype=torch.float32 if rough else None))
-                rho = torch.stack([self.rho[n].to(norms.device) for n in names])
-                factors = list(self._factor(rho, norms, rough).unbind())
-            torch._foreach_mul_(params, factors)
-
-    def _factor(self, rho: Tensor, norms: Tensor, rough: bool) -> Tensor:
-        finite = torch.isfinite(norms)
-        factor = torch.where(finite & (norms > 0), rho / norms.clamp(min=_SMALL), 1.0)
-        if rough:
-            # a factor this near to 1 would round away: wait until the norm has moved further
-            factor = torch.where((factor - 1).abs() > _HALF_STEP, factor, 1.0)
-        missed = (~finite).sum()
-        self._skipped = missed if self._skipped is None else self._skipped.to(missed.device) + missed
-        return factor
+            params, rho = groups.setdefault((p.device, p.dtype, spheres.served(p)), ([], []))
+            params.append(p.detach())
+            rho.append(self.rho[name])
+        for (device, *_), (params, rho) in groups.items():
+            missed = self._missed.get(device)
+            if missed is None:
+                missed = self._missed[device] = torch.zeros((), dtype=torch.int64, device=device)
+            spheres.project_(params, rho, missed, self.per == "row")
 
     @property
     def skipped(self) -> int:
         """How many projections met a norm that was not finite; waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return sum(map(int, self._missed.values()))
 
     @torch.no_grad()
     def balance(self, optimizer: Optimizer | None = None) -> None:
@@ -281,7 +258,7 @@ def rescaled_lr(optimizer: Optimizer, nap: NaP) -> list[Any]:
     def before(*call: Any) -> None:
         bases[:] = [group["lr"] for group, _ in groups]
         for group, name in groups:
-            group["lr"] = group["lr"] * float(nap._norm(nap.weights[name].detach()) / nap.rho[name]) ** power
+            group["lr"] = group["lr"] * float(spheres.norm(nap.weights[name].detach(), False) / nap.rho[name]) ** power
 
     def after(*call: Any) -> None:
         for (group, _), base in zip(groups, bases, strict=True):
@@ -326,12 +303,8 @@ def _activations(model: nn.Module) -> dict[str, nn.Module]:
 
 def _pair_norm(gain: Tensor, offset: Tensor | None) -> Tensor:
     """||sigma||^2 + ||mu||^2, 0-dim."""
-    total = gain.detach().float().square().sum()
-    return total if offset is None else total + offset.detach().float().square().sum()
-
-
-def _as(p: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype] if p.is_complex() else dtype
+    total: Any = sum(spheres.square(part.detach()) for part in (gain, offset) if part is not None)
+    return total
 
 
 def _globs(given: str | Sequence[str] | None) -> list[str]:
