@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.weights import transformer_norms
+
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (
     nn.LayerNorm,
@@ -24,28 +26,31 @@ HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
 
 @dataclass(frozen=True)
 class Link:
-    """A linear map and what its output goes into next: names of modules, None where that is no module."""
+    """A linear map and what its output goes into next: names of modules, None where that is no module. ``alone``: that module is
+    used nowhere else. ``head_dim``: the output is queries or keys, of heads so wide."""
 
     linear: str
     next: str | None
     after: str | None
     alone: bool
+    head_dim: int | None = None
 
 
 def is_norm(module: nn.Module) -> bool:
     """One of torch's normalisations, or a module that is named as one (LlamaRMSNorm)."""
     return isinstance(module, NORMS) or type(module).__name__.endswith(
-        ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm")
+        ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "HeadNorm")
     )
 
 
 def links(model: nn.Module) -> list[Link]:
     """Every linear map or convolution with the single consumer of its output and that one's consumer: from the traced graph where
-    the model can be traced, from its ``nn.Sequential`` parts otherwise. ``alone``: the consumer is used nowhere else."""
+    the model can be traced, otherwise from its ``nn.Sequential`` parts and, in transformers of known families, from
+    :mod:`headway.weights.transformer_norms`."""
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception:
-        return list(_sequential_links(model))
+        return _links_by_name(model)
     modules, found = dict(model.named_modules()), []
     calls: dict[str, int] = {}
     for node in graph.nodes:
@@ -66,7 +71,8 @@ def links(model: nn.Module) -> list[Link]:
             functional = consumer is None and user is not None and _is_activation_call(user)
             if consumer is not None or functional:
                 found.append(Link(str(node.target), consumer, name(after), calls.get(consumer or "", 0) == 1))
-    return found
+    # the tracer does not look into torch's own transformer layers
+    return found + [link for link in _links_by_name(model) if link.linear not in calls]
 
 
 def _is_activation_call(node: torch.fx.Node) -> bool:
@@ -86,19 +92,26 @@ def _is_activation_call(node: torch.fx.Node) -> bool:
     }
 
 
+def _links_by_name(model: nn.Module) -> list[Link]:
+    found = {link.linear: link for link in _sequential_links(model)}
+    for place in transformer_norms.places(model):
+        found.setdefault(place.linear, Link(place.linear, None, None, False, place.head_dim))
+    return list(found.values())
+
+
 def _sequential_links(model: nn.Module) -> Iterator[Link]:
     for prefix, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             inner = [(f"{prefix}.{name}" if prefix else name, child) for name, child in module.named_children()]
             for i, (name, child) in enumerate(inner[:-1]):
-                if isinstance(child, LINEAR):
+                if isinstance(child, LINEAR) or transformer_norms.is_conv1d(child):
                     after = inner[i + 2][0] if i + 2 < len(inner) else None
                     yield Link(name, inner[i + 1][0], after, True)
 
 
 def followed_by_norm(model: nn.Module) -> dict[str, str]:
     """{name of a weight: name of the normalisation its output goes straight into}, e.g. ``{"0.weight": "1"}``."""
-    modules, found = dict(model.named_modules()), {}
+    modules, found = dict(model.named_modules()), transformer_norms.followed(model)
     for link in links(model):
         norm = link.next
         if norm is None:
@@ -108,28 +121,28 @@ def followed_by_norm(model: nn.Module) -> dict[str, str]:
             norm, first = f"{norm}.{next(iter(dict(first.named_children())))}", first[0]
         linear = modules[link.linear]
         # a bias in between shifts what the norm sees: only the direction of (W, b) together would be free
-        if is_norm(first) and (getattr(linear, "bias", None) is None or _removes_shift(first, linear)):
+        bias: Any = getattr(linear, "bias", None)
+        if is_norm(first) and (transformer_norms.fixed_at_zero(bias) or _removes_shift(first)):
             found[f"{link.linear}.weight"] = norm
     return found
 
 
-def _removes_shift(norm: nn.Module, linear: nn.Module) -> bool:
+def _removes_shift(norm: nn.Module) -> bool:
     """Batch and instance norm subtract a bias of the layer before."""
     return isinstance(norm, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm)
 
 
 @torch.no_grad()
 def output_changes(model: nn.Module, example_input: Any, names: list[str] | None = None) -> dict[str, float]:
-    """{name of a matrix or convolution: relative change of the output when it is doubled}, in training mode without dropout, so
-    that batch norm takes the batch's statistics. Weights, buffers, modes and the random generator are left as they were."""
+    """{name of a matrix or convolution: relative change of the output when it is doubled}, in evaluation, but for norms, so that
+    batch norm takes the batch's statistics. Weights, buffers, modes and the random generator are left as they were."""
     params = {n: p for n, p in model.named_parameters() if p.dim() > 1 and (names is None or n in names)}
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()]
     try:
-        model.train()
+        model.eval()
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+            module.training = is_norm(module)
         with torch.random.fork_rng():
             base, found = _flat(_call(model, example_input)), {}
             size = float(base.norm())

@@ -4,7 +4,9 @@
 
 Between every linear map or convolution and its nonlinearity goes a normalisation, h = phi(sigma N(W h) + mu); the linear bias, which
 the norm makes redundant, is dropped; then :class:`headway.weights.NaP` keeps the weights' norms as the optimiser steps. The last
-layer, which no nonlinearity follows, is left alone. Lyle et al., 2024 (arXiv 2407.01800); see :mod:`headway.weights.project`.
+layer, which no nonlinearity follows, is left alone. Transformers of known families get norms before the MLP's nonlinearity and on
+each head's queries and keys (:mod:`headway.weights.transformer_norms` says where). Lyle et al., 2024 (arXiv 2407.01800); see
+:mod:`headway.weights.project`.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from headway.surgery import Edit, Plan, SetParameter, Site, Swap, Technique, apply, plan
+from headway.surgery import Edit, Plan, SetParameter, Site, Swap, Technique, apply, fused_paths_off, plan
 from headway.weights.invariance import ACTIVATIONS, followed_by_norm, links
 from headway.weights.project import NaP
+from headway.weights.transformer_norms import HeadNorm, is_conv1d
 
 Norm = Literal["layer", "rms", "group"]
 _ATTACHED: WeakKeyDictionary[nn.Module, NaP] = WeakKeyDictionary()
@@ -86,9 +89,11 @@ class NormalizeAndProject(Technique):
             after = modules[link.next] if link.next else None
             if link.linear not in allowed or not (after is None or isinstance(after, ACTIVATIONS)):
                 continue
-            norm = self._norm_for(linear)
+            norm = self._norm_for(linear, link.head_dim)
             if self.drop_bias and linear.bias is not None:
-                found.append(SetParameter(linear, "bias", None, f"{link.linear}.bias"))
+                # transformers' Conv1D cannot do without a bias
+                none = nn.Parameter(torch.zeros_like(linear.bias), False) if is_conv1d(linear) else None
+                found.append(SetParameter(linear, "bias", none, f"{link.linear}.bias"))
             if after is not None and link.alone:
                 # the norm goes to the nonlinearity, so that the weight keeps its name
                 found.append(
@@ -101,18 +106,23 @@ class NormalizeAndProject(Technique):
                     )
                 )
             kept.append(f"{link.linear}.weight")
+        if found:
+            found += fused_paths_off(model, [modules[link.linear] for link in links(model)] if self.normalize else [])
         if self.project:
             found += [_OnSphere(model, name) for name in kept]
         return found
 
-    def _norm_for(self, linear: Any) -> nn.Module:
-        if not isinstance(linear, nn.Linear):
+    def _norm_for(self, linear: Any, head_dim: int | None) -> nn.Module:
+        if head_dim is not None:
+            return HeadNorm(head_dim, self.eps, self.norm == "rms", self.affine)
+        features = linear.nf if is_conv1d(linear) else getattr(linear, "out_features", None)
+        if features is None:
             return nn.GroupNorm(1, linear.out_channels, self.eps, self.affine)
         if self.norm == "rms":
             from headway.norms.rms import RMSNorm
 
-            return RMSNorm(linear.out_features, self.eps, self.affine, bias=self.affine)
-        return nn.LayerNorm(linear.out_features, self.eps, self.affine)
+            return RMSNorm(features, self.eps, self.affine, bias=self.affine)
+        return nn.LayerNorm(features, self.eps, self.affine)
 
     def optimize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if self.project:

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from headway.optim.effective import effective_rates, follows_gradient_size
 from headway.weights import spheres
 from headway.weights.invariance import HOMOGENEOUS, followed_by_norm, links, output_changes
+from headway.weights.transformer_norms import is_conv1d
 
 _SMALL = 1e-12
 
@@ -78,6 +79,7 @@ class NaP:
             tangent,
         )
         self.affine: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._rest: dict[str, float] = {}
         if isinstance(model_or_named_params, nn.Module):
             chosen = self._of_model(model_or_named_params, _globs(include), _globs(exclude))
         else:
@@ -99,6 +101,11 @@ class NaP:
         params, modules = dict(model.named_parameters()), dict(model.named_modules())
         found = followed_by_norm(model)
         names = [n for n in params if (n in found or _matches(n, include)) and not _matches(n, exclude)]
+        turned = [n for n in names if is_conv1d(modules[n.rpartition(".")[0]])]
+        if turned and self.per == "row":
+            raise ValueError(
+                f'per="row" takes the first axis for the output units, and {turned[0]} keeps them last; use per="tensor"'
+            )
         if self.scale_offset == "none":
             return {n: params[n] for n in names}
         following = _activations(model)
@@ -107,6 +114,7 @@ class NaP:
             if norm is None or getattr(modules[norm], "weight", None) is None:
                 continue
             self.affine[norm] = modules[norm].weight, getattr(modules[norm], "bias", None)  # type: ignore[assignment]
+            self._rest[norm] = _resting_gain(modules[norm])
             after = following.get(norm)
             if self.scale_offset == "joint" and not isinstance(after, HOMOGENEOUS):
                 kind = "no module that can be seen" if after is None else type(after).__name__
@@ -149,7 +157,7 @@ class NaP:
                         part.mul_(factor.to(part.dtype))
             elif self.scale_offset == "decay":
                 if id(gain) in rates:
-                    gain.sub_((gain - 1) * (rates[id(gain)] * self.decay))
+                    gain.sub_((gain - self._rest[name]) * (rates[id(gain)] * self.decay))
                 if offset is not None and id(offset) in rates:
                     offset.mul_(1 - rates[id(offset)] * self.decay)
 
@@ -305,6 +313,12 @@ def _pair_norm(gain: Tensor, offset: Tensor | None) -> Tensor:
     """||sigma||^2 + ||mu||^2, 0-dim."""
     total: Any = sum(spheres.square(part.detach()) for part in (gain, offset) if part is not None)
     return total
+
+
+def _resting_gain(norm: nn.Module) -> float:
+    """The stored gain that leaves a norm's output alone: 0 where it is read as 1 + weight (the Gemma family), else 1."""
+    offset = 1 if "Gemma" in type(norm).__name__ else getattr(norm, "gain_offset", 0)
+    return 1.0 - float(offset)  # type: ignore[arg-type]
 
 
 def _globs(given: str | Sequence[str] | None) -> list[str]:
