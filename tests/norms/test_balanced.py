@@ -265,6 +265,17 @@ def test_saved_and_loaded_mid_stream_it_goes_on_bit_by_bit():
     network().load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("kappa", [1, 0.4, 0])
+def test_a_released_state_without_the_rate_goes_on_at_the_rate_of_its_batches(kappa):
+    layer = AdaB2N2d(3, 2, kappa)
+    for _ in range(7):
+        layer(torch.randn(2, 3, 2, 2))
+    state = {key: value for key, value in layer.state_dict().items() if key != "eta"}
+    other = nn.Sequential(AdaB2N2d(3, 2, kappa))
+    other.load_state_dict({f"0.{key}": value for key, value in state.items()})
+    torch.testing.assert_close(other[0].eta, layer.eta, rtol=1e-12, atol=0)
+
+
 def test_one_call_replaces_batch_norms_and_undo_takes_it_back():
     torch.manual_seed(0)
     model, x = network(), torch.randn(3, 1, 6, 6)

@@ -231,16 +231,22 @@ def test_compiled_layer_equals_the_eager_one():
     torch.testing.assert_close(layer.state_dict(), other.state_dict())
 
 
-def test_released_state_is_understood():
+@pytest.mark.parametrize("stage", ["bn", "pbn"])
+def test_released_state_is_understood(stage):
     layer = BatchChannelNorm2d(4, 2, True)
-    state = {k: v for k, v in layer.state_dict().items() if "num_batches" not in k and "group" not in k}
-    state.update(weight=torch.rand(1, 2, 1), bias=torch.rand(1, 2, 1))
-    state["batch.moving_speed"] = torch.zeros(1)
-    layer.load_state_dict(state)
+    state = {k.replace("batch.", f"{stage}."): torch.rand_like(v) for k, v in layer.batch.named_parameters("batch")}
+    state |= {f"{stage}.running_mean": torch.rand(4), f"{stage}.running_var": torch.rand(4)}
+    state |= {f"{stage}.num_batches_tracked": torch.tensor(7), f"{stage}.estbn_moving_speed": torch.zeros(1)}
+    state |= {"weight": torch.rand(1, 2, 1), "bias": torch.rand(1, 2, 1)}
+    model = nn.Sequential(layer)
+    model.load_state_dict({f"0.{key}": value for key, value in state.items()})
     assert torch.equal(layer.group_weight, state["weight"].flatten())
+    assert torch.equal(layer.batch.running_var, state[f"{stage}.running_var"])
     with pytest.raises(RuntimeError, match="moving_speed is 0"):
         layer(torch.randn(1, 4, 2, 2))
     set_moving_speed(layer, 0.5)(torch.randn(1, 4, 2, 2))
+    large = {key: value for key, value in state.items() if "speed" not in key}
+    BatchChannelNorm2d(4, 2).load_state_dict(large)
 
 
 def test_bad_settings_are_refused():

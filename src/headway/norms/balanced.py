@@ -103,11 +103,8 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
         self.num_tasks, self.kappa, self.renormalize, self.sync = num_tasks, kappa, renormalize, sync
         self.init_task_weight = init_task_weight
         self.task_weight = nn.Parameter(torch.full((num_tasks,), float(init_task_weight), device=device, dtype=dtype))
-        first, decay = momentum**kappa, (1 - momentum) ** kappa
-        # the value before the first batch from which the recursion gives momentum^kappa at the first
-        start = 1.0 if first == 1 and decay == 0 else torch.inf if first == 1 else decay * first / (1 - first)
-        self.decay = decay
-        self.register_buffer("eta", torch.tensor(start, dtype=torch.float64, device=device))
+        self.decay = (1 - momentum) ** kappa
+        self.register_buffer("eta", torch.tensor(self.rate_after(0), dtype=torch.float64, device=device))
         self.register_buffer("cur_tasks", torch.zeros((), dtype=torch.int64, device=device))
         self.current_task = 0  # what cur_tasks holds, without reading it back
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -119,6 +116,16 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
                 f"{type(self).__name__} takes {' or '.join(map(str, self.dims))} dimensions with {self.num_features} channels as "
                 f"the second; the input has the shape {tuple(input.shape)}"
             )
+
+    def rate_after(self, batches: int) -> float:
+        """eta of the last of so many batches, the recursion summed up; before the first, what gives momentum^kappa there."""
+        assert self.momentum is not None
+        first, decay = self.momentum**self.kappa, self.decay
+        if first == 1 and not batches:
+            return 1.0 if decay == 0 else torch.inf
+        # 1 / eta_t = 1 + decay / eta_(t-1)
+        ones = batches - 1 if decay == 1 else (1 - decay ** (batches - 1)) / (1 - decay)
+        return 1 / (decay ** (batches - 1) / first + ones)
 
     def shares(self, task_ids: Tensor, counts: Tensor) -> Tensor:
         """(N,) float64: how much each sample counts in the batch's statistics; ``counts`` (num_tasks,) of the whole batch."""
@@ -185,6 +192,9 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
         self.cur_tasks.fill_(task)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        batches = state_dict.get(f"{prefix}num_batches_tracked")
+        if f"{prefix}eta" not in state_dict and batches is not None:  # the released code does not keep it
+            state_dict[f"{prefix}eta"] = self.eta.new_tensor(self.rate_after(int(batches)))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.current_task = int(self.cur_tasks)
 

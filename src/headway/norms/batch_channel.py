@@ -121,7 +121,7 @@ class EstBatchNorm(RunningStatistics, _BatchNorm):
         return y.reshape(x.shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        released = state_dict.pop(f"{prefix}moving_speed", None)  # the released code keeps it as a buffer
+        released = state_dict.pop(f"{prefix}estbn_moving_speed", None)  # the released code keeps it as a buffer
         if released is not None:
             self.moving_speed = float(released)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -232,10 +232,13 @@ class BatchChannelNorm2d(nn.Module):
         return y.reshape(x.shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in ("weight", "bias"):  # released as (1, G, 1)
-            released = state_dict.pop(f"{prefix}{name}", None)
-            if released is not None:
-                state_dict[f"{prefix}group_{name}"] = released.reshape(-1)
+        for key in list(state_dict):
+            name = key.removeprefix(prefix)
+            first, _, rest_of_it = name.partition(".")
+            if name in ("weight", "bias"):  # released as (1, G, 1)
+                state_dict[f"{prefix}group_{name}"] = state_dict.pop(key).reshape(-1)
+            elif first in ("bn", "pbn"):  # the released names of the first stage
+                state_dict[f"{prefix}batch.{rest_of_it}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
