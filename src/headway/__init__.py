@@ -47,9 +47,9 @@ _NAMES = {
     "CompandWeights": "headway.weights.companding",
     "SelfNormalizing": "headway.weights.self_normalizing",
     "NoProp": "headway.learning.no_prop.stack",
-    "StandardiseWeights": "headway.weights.standardised",
+    "StandardiseWeights": "headway.weights.standardising",
     "MicroBatch": "headway.norms.microbatch",
-    "AdaB2N": "headway.norms.balanced",
+    "AdaB2N": "headway.norms.balancing",
     # rooms
     "norms": "headway.norms:",
     "optim": "headway.optim:",

@@ -240,7 +240,7 @@ _METHODS = [
         "Overcoming Recency Bias of Normalization Statistics in Continual Learning: Balance and Adaptation",
         2023,
         "2310.08855",
-        "headway.norms.balanced:AdaB2N",
+        "headway.norms.balancing:AdaB2N",
         "nn.BatchNorm1d, 2d or 3d, and the task of every training sample",
         "learn tasks one after another with replay, without the statistics of the newest one taking over",
         "headway.norms.balanced",

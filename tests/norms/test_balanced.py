@@ -15,20 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import headway as hw
-from headway.norms.balanced import (
-    AdaB2N,
-    AdaB2N1d,
-    AdaB2N2d,
-    AdaB2N3d,
-    balance_penalty,
-    convert_adab2n,
-    end_task,
-    grow_tasks,
-    start_task,
-    task_batch,
-    to_batchnorm,
-)
+from headway.norms.balanced import AdaB2N1d, AdaB2N2d, AdaB2N3d
+from headway.norms.balancing import balance_penalty, start_task, task_batch
 
 DOUBLE = torch.float64
 # (current task, ids): one task; two; three; three of which the middle one is absent
@@ -104,18 +92,20 @@ def test_outputs_gradients_running_values_and_rate_equal_the_method_written_down
         assert float(layer.eta) == pytest.approx(account.eta, rel=1e-10)
 
 
+# oracle 2
 def test_the_first_task_is_batch_norm_in_training():
     torch.manual_seed(0)
-    layer, x = AdaB2N2d(4, 3), (torch.randn(3, 4, 5, 5) * 2 + 1).requires_grad_()
+    layer, x = AdaB2N2d(4, 3).double(), (torch.randn(3, 4, 5, 5, dtype=DOUBLE) * 2 + 1).requires_grad_()
     nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
-    gy, leaves = torch.randn(3, 4, 5, 5), (x, layer.weight, layer.bias)
+    gy, leaves = torch.randn(3, 4, 5, 5, dtype=DOUBLE), (x, layer.weight, layer.bias)
     y, wanted = layer(x), F.batch_norm(x, None, None, layer.weight, layer.bias, True)
-    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        torch.autograd.grad(y, leaves, gy), torch.autograd.grad(wanted, leaves, gy), rtol=1e-4, atol=1e-5
+        torch.autograd.grad(y, leaves, gy), torch.autograd.grad(wanted, leaves, gy), rtol=1e-6, atol=1e-6
     )
 
 
+# oracle 2
 def test_kappa_0_averages_all_batches_as_batch_norm_without_momentum_does():
     torch.manual_seed(0)
     layer, bn = AdaB2N2d(4, 1, kappa=0), nn.BatchNorm2d(4, momentum=None)
@@ -138,12 +128,14 @@ def balanced(omega, ids, renormalize=False, cur=2):
     return layer, x, layer._seen[0].detach()
 
 
+# oracle 3
 def test_omega_far_below_0_gives_ordinary_batch_statistics():
     _, x, (mean, var) = balanced(-40.0, [0, 0, 0, 1, 2, 2])
     torch.testing.assert_close(mean, x.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var, x.var((0, 2, 3), unbiased=False), rtol=1e-6, atol=1e-6)
 
 
+# oracle 4
 @pytest.mark.parametrize("omega", [40.0, 2000.0])
 def test_omega_far_above_0_weighs_every_task_the_same(omega):
     ids = [0, 0, 0, 1, 2, 2]
@@ -152,6 +144,7 @@ def test_omega_far_above_0_weighs_every_task_the_same(omega):
     torch.testing.assert_close(mean, by_task.mean(0), rtol=1e-6, atol=1e-6)
 
 
+# oracle 5
 def test_the_rate_follows_its_recursion_to_its_fixed_point():
     mu = 0.1
     layer, seen = AdaB2N1d(2, 1, kappa=0.4), []
@@ -172,6 +165,7 @@ def test_the_rate_follows_its_recursion_to_its_fixed_point():
         assert float(layer.eta) == pytest.approx(mu, rel=1e-12)
 
 
+# oracle 6
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("ids", [[0, 1, 2, 2], [0, 2, 2, 2]])
 def test_a_shift_moves_the_mean_by_the_sum_of_the_shares(ids, renormalize):
@@ -183,6 +177,7 @@ def test_a_shift_moves_the_mean_by_the_sum_of_the_shares(ids, renormalize):
     assert (abs(total - 1) < 1e-12) == (renormalize or 1 in ids)
 
 
+# oracle 7
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradcheck_with_the_penalty(renormalize):
     torch.manual_seed(0)
@@ -203,6 +198,7 @@ def test_gradcheck_with_the_penalty(renormalize):
     assert torch.autograd.gradcheck(call, (x, *(getattr(layer, name) for name in names)))
 
 
+# oracle 8
 def test_two_forwards_then_two_backwards_give_each_its_own_penalty():
     torch.manual_seed(0)
     layer = AdaB2N2d(3, 2, 0.4).double()
@@ -226,45 +222,6 @@ def test_two_forwards_then_two_backwards_give_each_its_own_penalty():
         torch.testing.assert_close(layer.task_weight.grad, expected, rtol=1e-12, atol=1e-15)
 
 
-def network():
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6)
-    )
-
-
-def steps(model, optimizer, batches):
-    for ids, x in batches:
-        with task_batch(model, ids):
-            loss = model(x).square().mean() + 0.1 * balance_penalty(model)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def test_saved_and_loaded_mid_stream_it_goes_on_bit_by_bit():
-    torch.manual_seed(0)
-    model = convert_adab2n(network(), 3, 0.4)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    batches = [(torch.tensor([1, 0, 1]), torch.randn(3, 1, 6, 6)) for _ in range(4)]
-    end_task(model)
-    steps(model, optimizer, batches[:2])
-    state, other = copy.deepcopy(model.state_dict()), convert_adab2n(network(), 3, 0.4)
-    other.load_state_dict(state)
-    twin = copy.deepcopy(model)  # a graph behind the penalty does not stand in the way
-    for again in (other, twin):
-        steps(again, torch.optim.SGD(again.parameters(), 0.1), batches[2:])
-    steps(model, optimizer, batches[2:])
-    for again in (other, twin):
-        assert all(
-            torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
-        )
-    wanted = model.eval()(batches[0][1])
-    plain = to_batchnorm(model)
-    assert [type(m) for m in plain] == [type(m) for m in network()]
-    torch.testing.assert_close(plain(batches[0][1]), wanted, rtol=1e-6, atol=1e-6)
-    network().load_state_dict(plain.state_dict())
-
-
 @pytest.mark.parametrize("kappa", [1, 0.4, 0])
 def test_a_released_state_without_the_rate_goes_on_at_the_rate_of_its_batches(kappa):
     layer = AdaB2N2d(3, 2, kappa)
@@ -274,44 +231,6 @@ def test_a_released_state_without_the_rate_goes_on_at_the_rate_of_its_batches(ka
     other = nn.Sequential(AdaB2N2d(3, 2, kappa))
     other.load_state_dict({f"0.{key}": value for key, value in state.items()})
     torch.testing.assert_close(other[0].eta, layer.eta, rtol=1e-12, atol=0)
-
-
-def test_one_call_replaces_batch_norms_and_undo_takes_it_back():
-    torch.manual_seed(0)
-    model, x = network(), torch.randn(3, 1, 6, 6)
-    model(x)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    wanted = model.eval()(x)
-    assert len(hw.plan(model, AdaB2N(4)).rows) == 2
-    hw.apply(model, AdaB2N(4), optimizer=optimizer)
-    assert isinstance(model[1], AdaB2N2d) and isinstance(model[5], AdaB2N1d)
-    torch.testing.assert_close(model(x), wanted)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters()}  # omega among them
-    hw.undo(model, optimizer=optimizer)
-    torch.testing.assert_close(model(x), wanted)
-    with pytest.raises(hw.NothingToChange, match="BatchNorm1d"):
-        convert_adab2n(nn.Sequential(nn.Linear(2, 2)), 2)
-
-
-def test_tasks_grow_and_the_optimiser_follows():
-    torch.manual_seed(0)
-    model = convert_adab2n(network(), 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    start_task(model, 1)
-    steps(model, optimizer, [(torch.tensor([1, 0, 1]), torch.randn(3, 1, 6, 6))])
-    kept = optimizer.state[model[1].task_weight]["momentum_buffer"].clone()
-    end_task(model)
-    with pytest.raises(RuntimeError, match="grow_tasks"), task_batch(model, torch.tensor([2, 0])):
-        model(torch.randn(2, 1, 6, 6))
-    grow_tasks(model, 2, optimizer)
-    assert model[1].task_weight.shape == (4,)
-    grown = optimizer.state[model[1].task_weight]["momentum_buffer"]
-    assert torch.equal(grown, torch.cat([kept, torch.zeros(2)]))
-    steps(model, optimizer, [(torch.tensor([2, 0, 1]), torch.randn(3, 1, 6, 6))])
-    assert model[1].task_weight[2] != 0 and model[1].task_weight[3] == 0  # unseen: no gradient
-    with pytest.raises(ValueError, match="one or more"):
-        grow_tasks(network(), 1)
 
 
 @pytest.mark.parametrize("kind, shape", [(AdaB2N1d, (4, 3)), (AdaB2N1d, (4, 3, 5)), (AdaB2N3d, (4, 3, 2, 2, 2))])

@@ -100,6 +100,7 @@ def test_batch_and_micro_form_equal_the_two_stages_written_down(estimate, affine
     )
 
 
+# oracle 6
 def test_one_channel_a_group_cancels_the_first_stage_and_leaves_instance_norm():
     torch.manual_seed(0)
     layer, x = BatchChannelNorm2d(8, 8), torch.randn(3, 8, 9, 9) * 3 + 2
@@ -108,6 +109,7 @@ def test_one_channel_a_group_cancels_the_first_stage_and_leaves_instance_norm():
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+# oracle 7
 @pytest.mark.parametrize("estimate", [False, True])
 def test_the_second_stage_has_mean_0_and_variance_v_over_v_plus_eps_whatever_the_first_one_is(estimate):
     torch.manual_seed(0)
@@ -123,6 +125,7 @@ def test_the_second_stage_has_mean_0_and_variance_v_over_v_plus_eps_whatever_the
     assert (v / (v + 1e-5) < 0.99).any()  # eps is seen
 
 
+# oracle 8
 def test_moving_speed_1_on_a_repeated_batch_is_batch_norm_with_the_gradient_of_a_scale():
     torch.manual_seed(0)
     layer = EstBatchNorm2d(4, 1.0).double()
@@ -137,6 +140,7 @@ def test_moving_speed_1_on_a_repeated_batch_is_batch_norm_with_the_gradient_of_a
     torch.testing.assert_close(torch.autograd.grad(y, x, gy)[0], gy * scale, rtol=1e-12, atol=1e-12)
 
 
+# oracle 9
 def test_estimated_batch_norm_is_affine_in_its_input_within_a_steps_statistics():
     torch.manual_seed(0)
     layer = randomised(EstBatchNorm2d(4)).eval()

@@ -14,7 +14,8 @@ import torch
 from golden_norms import CASES, FILE, plain
 
 from headway import norms
-from headway.norms.balanced import AdaB2N2d, balance_penalty, start_task, task_batch
+from headway.norms.balanced import AdaB2N2d
+from headway.norms.balancing import balance_penalty, start_task, task_batch
 from headway.norms.batch_channel import BatchChannelNorm2d, EstBatchNorm2d
 from headway.weights.standardised import WSConv2d, standardize
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headway.norms.balanced import AdaB2N2d, balance_penalty, start_task, task_batch
+from headway.norms.balanced import AdaB2N2d
+from headway.norms.balancing import balance_penalty, start_task, task_batch
 from headway.norms.batch_channel import BatchChannelNorm2d, EstBatchNorm2d
 
 KINDS = {

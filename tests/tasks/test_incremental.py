@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from headway.norms.balanced import convert_adab2n, start_task
+from headway.norms.balancing import convert_adab2n, start_task
 from headway.tasks.rehearsal import ReservoirBuffer, buffer_classes, der_pp_loss, er_ace_loss, er_loss, er_step
 from headway.tasks.task import get
 

@@ -15,16 +15,14 @@ from torch.nn.utils import parametrize
 
 import headway as hw
 from headway.weights.standardised import (
-    StandardiseWeights,
     WSConv1d,
     WSConv2d,
     WSConv3d,
     WSConvTranspose2d,
-    fold_weight_standardization,
     standardize,
-    standardize_convs,
     weight_standardization,
 )
+from headway.weights.standardising import StandardiseWeights
 
 DOUBLE = torch.float64
 FORMS = [(False, "var"), (True, "var"), (True, "std"), (False, "std")]
@@ -54,6 +52,7 @@ def test_each_released_form_equals_itself_written_down_with_its_gradient(unbiase
     torch.testing.assert_close(grads[0].flatten(1), equation, rtol=1e-8, atol=1e-8)
 
 
+# oracle 2
 def test_every_filter_has_mean_0_and_variance_1():
     torch.manual_seed(0)
     v = torch.randn(8, 4, 3, 3, dtype=DOUBLE) * 3 + 5
@@ -63,51 +62,30 @@ def test_every_filter_has_mean_0_and_variance_1():
         torch.testing.assert_close(rows.var(1, unbiased=False), torch.full((8,), var, dtype=DOUBLE), rtol=1e-5, atol=0)
 
 
+# oracle 3
 def test_the_output_does_not_see_scale_and_shift_of_a_filter():
     torch.manual_seed(0)
-    layer, x = WSConv2d(4, 6, 3, padding=1, groups=2), torch.randn(2, 4, 8, 8)
+    layer, x = WSConv2d(4, 6, 3, padding=1, groups=2).double(), torch.randn(2, 4, 8, 8, dtype=DOUBLE)
     nn.init.normal_(layer.weight)
     y = layer(x)
     with torch.no_grad():
         layer.weight.mul_(torch.rand(6, 1, 1, 1) * 3 + 1).add_(torch.randn(6, 1, 1, 1))
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
 
 
+# oracle 4
 def test_the_gradient_sums_to_0_over_a_filter_and_stands_upright_on_it():
     torch.manual_seed(0)
-    layer, x = WSConv2d(4, 6, 3), torch.randn(2, 4, 8, 8)
+    layer, x = WSConv2d(4, 6, 3).double(), torch.randn(2, 4, 8, 8, dtype=DOUBLE)
     nn.init.normal_(layer.weight)
     layer(x).pow(3).sum().backward()
     v, g = layer.weight.detach().flatten(1), layer.weight.grad.flatten(1)
     assert (g.sum(1) / g.abs().sum(1)).abs().max() < 1e-5
     along = ((v - v.mean(1, keepdim=True)) * g).sum(1) / (v.norm(dim=1) * g.norm(dim=1))
-    assert along.abs().max() < 1e-4
+    assert along.abs().max() < 1e-5
 
 
-def ready():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 2),
-        nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1),
-    )  # fmt: skip
-    return model, torch.randn(2, 3, 9, 9)
-
-
-def test_folded_model_equals_the_model_and_its_state_fits_plain_convolutions():
-    model, x = ready()
-    plain = copy.deepcopy(model)
-    standardize_convs(model)
-    weight_standardization(model[7], unbiased=True)
-    y = model.eval()(x)
-    folded = fold_weight_standardization(copy.deepcopy(model))
-    assert [type(m) for m in folded] == [type(m) for m in plain]
-    torch.testing.assert_close(folded(x), y, rtol=1e-6, atol=1e-6)
-    plain.load_state_dict(folded.state_dict())
-    torch.testing.assert_close(plain.eval()(x), y, rtol=1e-6, atol=1e-6)
-    lone = fold_weight_standardization(WSConv2d(3, 4, 3).eval())
-    assert type(lone) is nn.Conv2d
-
-
+# oracle 10
 def test_evaluation_sees_a_weight_that_was_changed_in_place():
     torch.manual_seed(0)
     layer, x = WSConv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5)
@@ -129,39 +107,6 @@ def test_evaluation_sees_a_weight_that_was_changed_in_place():
         twin = copy.deepcopy(layer)
         twin.weight.mul_(-1)
         torch.testing.assert_close(twin(x) - twin.bias[:, None, None], layer.bias[:, None, None] - layer(x))
-
-
-def test_one_call_takes_the_convolutions_that_a_norm_follows_and_lists_the_others():
-    model, x = ready()
-    parameters = list(model.parameters())
-    assert len(hw.plan(model, StandardiseWeights()).rows) == 2
-    changed, left = standardize_convs(model)
-    assert left == {"3": "its filters have one entry", "7": "no norm follows it", "9": "no norm follows it"}
-    assert isinstance(changed[0], WSConv2d) and isinstance(changed[5], WSConvTranspose2d)
-    assert all(a is b for a, b in zip(parameters, changed.parameters(), strict=True))
-    assert torch.isfinite(changed(x)).all()
-    hw.undo(changed)
-    assert type(changed[0]) is nn.Conv2d
-    _, left = standardize_convs(ready()[0], require_norm=False)
-    assert left == {"3": "its filters have one entry", "9": "it is the last layer"}
-    _, left = standardize_convs(ready()[0], require_norm=False, skip_last=False)
-    assert left == {"3": "its filters have one entry"}
-
-
-class Siblings(nn.Module):
-    """Its forward cannot be traced."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
-
-    def forward(self, x):
-        return self.head(self.bn(self.conv(x))) if x.sum() > 0 else x
-
-
-def test_where_the_forward_cannot_be_traced_the_order_of_siblings_decides():
-    changed, left = standardize_convs(Siblings())
-    assert isinstance(changed.conv, WSConv2d) and list(left) == ["head"]
 
 
 @pytest.mark.parametrize("ours, plain, size", [

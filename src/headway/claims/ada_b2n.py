@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from headway.claims.evidence import Evidence, verdict
 from headway.claims.token_norms import spread
 from headway.measure import copy_bandwidth, paired
-from headway.norms.balanced import AdaB2N1d, AdaB2N2d, convert_adab2n, start_task, task_batch, to_batchnorm
+from headway.norms.balanced import AdaB2N1d, AdaB2N2d
+from headway.norms.balancing import convert_adab2n, start_task, task_batch, to_batchnorm
 from headway.tasks.incremental import DigitsIncremental
 
 KEY = "ada-b2n"

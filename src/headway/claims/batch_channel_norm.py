@@ -14,7 +14,8 @@ from headway.measure import copy_bandwidth, paired
 from headway.norms.batch_channel import BatchChannelNorm2d
 from headway.norms.microbatch import convert_microbatch, dead_channel_report
 from headway.tasks.microbatch import DigitsMicroBatch
-from headway.weights.standardised import WSConv2d, standardize_convs
+from headway.weights.standardised import WSConv2d
+from headway.weights.standardising import standardize_convs
 
 KEY = "batch-channel-norm"
 

@@ -2,7 +2,7 @@
 
 from headway._lazy import attach as _attach
 
-_BALANCED = "headway.norms.balanced"
+_BALANCED, _BALANCING = "headway.norms.balanced", "headway.norms.balancing"
 _BATCH_CHANNEL = "headway.norms.batch_channel"
 _RECURRENT = "headway.norms.recurrent"
 _EVO = "headway.norms.evo"
@@ -43,14 +43,14 @@ _NAMES = {
     "AdaB2N1d": _BALANCED,
     "AdaB2N2d": _BALANCED,
     "AdaB2N3d": _BALANCED,
-    "AdaB2N": _BALANCED,
-    "convert_adab2n": _BALANCED,
-    "task_batch": _BALANCED,
-    "balance_penalty": _BALANCED,
-    "start_task": _BALANCED,
-    "end_task": _BALANCED,
-    "grow_tasks": _BALANCED,
-    "to_batchnorm": _BALANCED,
+    "AdaB2N": _BALANCING,
+    "convert_adab2n": _BALANCING,
+    "task_batch": _BALANCING,
+    "balance_penalty": _BALANCING,
+    "start_task": _BALANCING,
+    "end_task": _BALANCING,
+    "grow_tasks": _BALANCING,
+    "to_batchnorm": _BALANCING,
     "LayerNormLSTM": _RECURRENT,
     "LayerNormGRU": _RECURRENT,
     "LayerNormRNN": _RECURRENT,

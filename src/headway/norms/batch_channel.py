@@ -8,7 +8,7 @@ batch statistic in front keeps every channel's own mean near zero. With one to f
 estimate, which takes no part in the gradient; with large batches it is batch norm's. Paper: "Micro-Batch Training with Batch-Channel
 Normalization and Weight Standardization" (Qiao et al., 2019), arXiv 1903.10520, and "Rethinking Normalization and Elimination
 Singularity in Neural Networks" (2019), arXiv 1911.09738. For convolutional nets with few images a device; one call changes a net that
-has batch norms, and standardises the convolutions in front of them (:mod:`headway.weights.standardised`):
+has batch norms, and standardises the convolutions in front of them (:mod:`headway.weights.standardising`):
 
     model = hw.apply(model, hw.MicroBatch())
 

@@ -3,7 +3,7 @@
     model = hw.apply(model, hw.MicroBatch(), optimizer=optimizer)
 
 Every ``nn.BatchNorm2d`` becomes a norm that works with one image a step (:mod:`headway.norms.batch_channel`), and the convolutions
-in front of norms use standardised weights (:mod:`headway.weights.standardised`). Parameters, and the running statistics with them,
+in front of norms use standardised weights (:mod:`headway.weights.standardising`). Parameters, and the running statistics with them,
 go on in the first stage.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headway.norms.batch_channel import Affine, BatchChannelNorm2d, EstBatchNorm2d, fitting_groups
 from headway.surgery import Edit, Site, Technique, apply
 from headway.weights.invariance import is_norm
-from headway.weights.standardised import StandardiseWeights
+from headway.weights.standardising import StandardiseWeights
 
 Norm = Literal["bcn", "gn", "estbn"]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.norms.balanced import balance_penalty, start_task, task_batch
+from headway.norms.balancing import balance_penalty, start_task, task_batch
 from headway.tasks.digits import Images, _sklearn_digits
 from headway.tasks.rehearsal import ReservoirBuffer
 

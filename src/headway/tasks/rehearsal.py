@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.norms.balanced import balance_penalty, task_batch
+from headway.norms.balancing import balance_penalty, task_batch
 
 Method = Literal["er", "er-ace", "der++"]
 
@@ -104,7 +104,7 @@ def er_step(
 
     Args:
         task: of the new samples. replay: samples of a draw; DER++ takes two.
-        strength: of :func:`headway.norms.balanced.balance_penalty`, from the task ``from_task`` on; models without task-balanced
+        strength: of :func:`headway.norms.balancing.balance_penalty`, from the task ``from_task`` on; models without task-balanced
             norms have none.
     """
     if method not in ("er", "er-ace", "der++"):

@@ -9,7 +9,7 @@ _SELF, _CHECK, _MAP = (
     "headway.weights.selu_moments",
 )
 _COMPANDER, _COMPANDING = "headway.weights.compander", "headway.weights.companding"
-_STANDARDISED = "headway.weights.standardised"
+_STANDARDISED, _STANDARDISING = "headway.weights.standardised", "headway.weights.standardising"
 _NAMES = {
     "NaP": "headway.weights.project",
     "apply_nap": "headway.weights.project",
@@ -40,13 +40,13 @@ _NAMES = {
     "fuse": _COMPANDING,
     "export_plain": _COMPANDING,
     "histogram_report": _COMPANDING,
-    "StandardiseWeights": _STANDARDISED,
+    "StandardiseWeights": _STANDARDISING,
     "WSConv1d": _STANDARDISED,
     "WSConv2d": _STANDARDISED,
     "WSConv3d": _STANDARDISED,
     "WSConvTranspose2d": _STANDARDISED,
     "weight_standardization": _STANDARDISED,
-    "standardize_convs": _STANDARDISED,
-    "fold_weight_standardization": _STANDARDISED,
+    "standardize_convs": _STANDARDISING,
+    "fold_weight_standardization": _STANDARDISING,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -7,25 +7,21 @@ The gradient sums to zero over a filter and stands upright on it, which smooths 
 that is taken away. Paper: "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization" (Qiao et al., 2019), arXiv
 1903.10520. For convolutions that a norm follows, above all group norm or :mod:`headway.norms.batch_channel` with one to four images
 a step. Not where no norm follows, for the scale of the weight is lost, nor for filters of one entry, which have no variance. Weight
-decay on V acts through the effective rate alone; it must not be put on W. :func:`fold_weight_standardization` makes plain
-convolutions of it once it is trained.
+decay on V acts through the effective rate alone; it must not be put on W. One call on a model, and plain convolutions of it once it is
+trained: :mod:`headway.weights.standardising`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from headway.kernels.norms import layer_norm
-from headway.surgery import Edit, Site, Swap, Technique, apply
-from headway.weights.invariance import is_norm, links
+from headway.surgery import Site
 
 EpsMode = Literal["var", "std"]
 CONVOLUTIONS: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -79,7 +75,7 @@ def _refuse_single(weight: Tensor, entries: int) -> None:
         )
 
 
-def _entries(conv: Any) -> int:
+def entries(conv: Any) -> int:
     """Entries of one output filter."""
     shape = conv.weight.shape
     return shape[2:].numel() * (shape[0] // conv.groups if conv.transposed else shape[1])
@@ -129,7 +125,7 @@ def weight_standardization(
     return module
 
 
-class _Standardised(nn.modules.conv._ConvNd):
+class StandardisedConv(nn.modules.conv._ConvNd):
     """What the convolutions share. In evaluation without gradients the standardised weight is kept until the raw one changes."""
 
     ws_eps: float
@@ -141,7 +137,7 @@ class _Standardised(nn.modules.conv._ConvNd):
         self.ws_eps, self.unbiased, self.eps_mode = ws_eps, unbiased, eps_mode
         if eps_mode not in ("var", "std"):
             raise ValueError(f'eps_mode is "var" or "std"; it is {eps_mode!r}')
-        _refuse_single(self.weight, _entries(self))
+        _refuse_single(self.weight, entries(self))
 
     def _standardised(self, weight: Tensor) -> Tensor:
         return standardize(weight, self.ws_eps, self.unbiased, self.eps_mode, self.transposed, self.groups)
@@ -180,8 +176,8 @@ class _Standardised(nn.modules.conv._ConvNd):
     @classmethod
     def from_module(cls, module: nn.Module, *, site: Site | None = None, **settings: Any) -> nn.Module | None:
         """The standardised convolution with the very parameters of a plain one; None for anything else."""
-        kind = _STANDARDISED.get(type(module))
-        if kind is None or (cls is not _Standardised and kind is not cls):
+        kind = STANDARDISED.get(type(module))
+        if kind is None or (cls is not StandardisedConv and kind is not cls):
             return None
         new = copy.copy(module)  # shares parameters, settings and hooks
         new._parameters, new._buffers, new._modules = (
@@ -194,7 +190,7 @@ class _Standardised(nn.modules.conv._ConvNd):
         return new
 
 
-class WSConv1d(_Standardised, nn.Conv1d):
+class WSConv1d(StandardisedConv, nn.Conv1d):
     """``nn.Conv1d`` with a standardised weight; the same arguments and ``ws_eps``, ``unbiased``, ``eps_mode``."""
 
     def __init__(
@@ -207,7 +203,7 @@ class WSConv1d(_Standardised, nn.Conv1d):
         return self._conv_forward(input, self.standardised_weight(), self.bias)
 
 
-class WSConv2d(_Standardised, nn.Conv2d):
+class WSConv2d(StandardisedConv, nn.Conv2d):
     """``nn.Conv2d`` with a standardised weight; the same arguments and ``ws_eps``, ``unbiased``, ``eps_mode``."""
 
     def __init__(
@@ -220,7 +216,7 @@ class WSConv2d(_Standardised, nn.Conv2d):
         return self._conv_forward(input, self.standardised_weight(), self.bias)
 
 
-class WSConv3d(_Standardised, nn.Conv3d):
+class WSConv3d(StandardisedConv, nn.Conv3d):
     """``nn.Conv3d`` with a standardised weight; the same arguments and ``ws_eps``, ``unbiased``, ``eps_mode``."""
 
     def __init__(
@@ -233,7 +229,7 @@ class WSConv3d(_Standardised, nn.Conv3d):
         return self._conv_forward(input, self.standardised_weight(), self.bias)
 
 
-class WSConvTranspose2d(_Standardised, nn.ConvTranspose2d):
+class WSConvTranspose2d(StandardisedConv, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with a standardised weight, over the entries that make one output channel."""
 
     def __init__(
@@ -259,100 +255,9 @@ class WSConvTranspose2d(_Standardised, nn.ConvTranspose2d):
         )
 
 
-_STANDARDISED: dict[type[nn.Module], Any] = {
+STANDARDISED: dict[type[nn.Module], Any] = {
     nn.Conv1d: WSConv1d,
     nn.Conv2d: WSConv2d,
     nn.Conv3d: WSConv3d,
     nn.ConvTranspose2d: WSConvTranspose2d,
 }
-
-
-def before_norms(model: nn.Module) -> set[str]:
-    """Names of the convolutions whose output goes into a norm: by the traced graph, or else by the order of siblings."""
-    modules = dict(model.named_modules())
-    found = {link.linear for link in links(model) if link.next is not None and is_norm(modules[link.next])}
-    for prefix, module in model.named_modules():
-        inner = list(module.named_children())
-        for (name, child), (_, after) in pairwise(inner):
-            if isinstance(child, CONVOLUTIONS) and is_norm(after):
-                found.add(f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-@dataclass(frozen=True)
-class StandardiseWeights(Technique):
-    """Makes the convolutions in front of norms use standardised weights. Parameters and their names stay.
-
-    Attributes:
-        eps, unbiased, eps_mode: of :func:`standardize`.
-        skip_last: leave a convolution that is the last layer of the model, its classifier.
-        require_norm: only convolutions that a norm follows.
-    """
-
-    eps: float = 1e-5
-    unbiased: bool = False
-    eps_mode: EpsMode = "var"
-    skip_last: bool = True
-    require_norm: bool = True
-
-    looks_for: ClassVar[str] = "convolutions of more than one entry a filter in front of a norm"
-
-    def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
-        allowed = {site.name for site in sites}
-        return [
-            self._swap(model, name, module) for name, module, why in self.judged(model) if not why and name in allowed
-        ]
-
-    def _swap(self, model: nn.Module, name: str, module: nn.Module) -> Edit:
-        new = _Standardised.from_module(module, ws_eps=self.eps, unbiased=self.unbiased, eps_mode=self.eps_mode)
-        assert new is not None
-        return Swap(model, name, module, new)
-
-    def judged(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-        """Every plain convolution, and why it is left alone ("" where it is not)."""
-        plain = [(name, module) for name, module in model.named_modules() if type(module) in CONVOLUTIONS]
-        followed = before_norms(model) if self.require_norm else set()
-        last = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))][-1:]
-        for name, module in plain:
-            why = ""
-            if _entries(module) == 1:
-                why = "its filters have one entry"
-            elif self.require_norm and name not in followed:
-                why = "no norm follows it"
-            elif self.skip_last and module is last[0]:
-                why = "it is the last layer"
-            yield name, module, why
-
-
-def standardize_convs(
-    model: nn.Module, skip_last: bool = True, require_norm: bool = True, **settings: Any
-) -> tuple[nn.Module, dict[str, str]]:
-    """Standardises the convolutions of a model in place; returns it and {convolution that was left alone: why}."""
-    technique = StandardiseWeights(skip_last=skip_last, require_norm=require_norm, **settings)
-    left = {name: why for name, _, why in technique.judged(model) if why}
-    return apply(model, technique), left
-
-
-@torch.no_grad()
-def fold_weight_standardization(model: nn.Module) -> nn.Module:
-    """Plain convolutions with the standardised weights in place, for deployment: the same outputs, no cost. Returns the model (a
-    new module where it is itself a convolution); a parametrised weight loses its parametrization."""
-    root = model
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _Standardised):
-            plain = next(kind for kind, ours in _STANDARDISED.items() if type(module) is ours)
-            new: Any = copy.copy(module)
-            new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
-            new.__class__ = plain
-            for setting in ("ws_eps", "unbiased", "eps_mode", "_kept"):
-                new.__dict__.pop(setting, None)
-            new.weight = nn.Parameter(module._standardised(module.weight), module.weight.requires_grad)
-            swap = Swap(model, name, module, new)
-            swap.do()
-            root = new if module is model else root
-        elif parametrize.is_parametrized(module):
-            parts: Any = module.parametrizations
-            for key, chain in list(parts.items()):
-                if any(isinstance(part, WeightStandardization) for part in chain):
-                    parametrize.remove_parametrizations(module, key, leave_parametrized=True)
-    return root
