@@ -13,6 +13,7 @@ ROOMS = [
     "headway.learning.no_prop",
     "headway.tabular",
     "headway.tabular.pfn",
+    "headway.vision",
     "headway.weights",
     "headway.residual",
     "headway.functional",

@@ -50,11 +50,13 @@ _NAMES = {
     "StandardiseWeights": "headway.weights.standardising",
     "MicroBatch": "headway.norms.microbatch",
     "AdaB2N": "headway.norms.balancing",
+    "RegionNorm": "headway.norms.region_convert",
     # rooms
     "norms": "headway.norms:",
     "optim": "headway.optim:",
     "learning": "headway.learning:",
     "tabular": "headway.tabular:",
+    "vision": "headway.vision:",
     "weights": "headway.weights:",
     "residual": "headway.residual:",
     "signals": "headway.signals:",

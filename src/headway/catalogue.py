@@ -256,6 +256,17 @@ _METHODS = [
         "one layer for norm and activation in convolutional nets: small batches, or half the memory of batch norm",
         "headway.norms.evo",
     ),
+    Method(
+        "region-norm",
+        "Region Normalization",
+        "Region Normalization for Image Inpainting",
+        2020,
+        "1911.10375",
+        "headway.norms.region_convert:RegionNorm",
+        "nn.InstanceNorm2d or nn.BatchNorm2d in the early and late parts of a network, and a mask",
+        "networks whose input has known invalid pixels: inpainting, sensor dropouts, tiles without data",
+        "headway.norms.region",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

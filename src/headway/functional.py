@@ -14,6 +14,7 @@ _NAMES = {
     "unified_norm_eval": "headway.norms.unified",
     "evo_norm_b": "headway.norms.evo",
     "evo_norm_s": "headway.norms.evo",
+    "region_norm": "headway.norms.region",
     "adamp": "headway.optim.functional",
     "sgdp": "headway.optim.functional",
     "normalized_logistic_loss": "headway.optim.normalized_gd",

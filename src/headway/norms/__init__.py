@@ -6,6 +6,7 @@ _BALANCED, _BALANCING = "headway.norms.balanced", "headway.norms.balancing"
 _BATCH_CHANNEL = "headway.norms.batch_channel"
 _RECURRENT = "headway.norms.recurrent"
 _EVO = "headway.norms.evo"
+_REGION = "headway.norms.region"
 _NAMES = {
     "LayerNorm": "headway.norms.layer",
     "RMSNorm": "headway.norms.rms",
@@ -51,6 +52,11 @@ _NAMES = {
     "end_task": _BALANCING,
     "grow_tasks": _BALANCING,
     "to_batchnorm": _BALANCING,
+    "RegionNormB2d": _REGION,
+    "RegionNormL2d": _REGION,
+    "region_mask": "headway.norms.holes",
+    "RegionNorm": "headway.norms.region_convert",
+    "convert_region_norm": "headway.norms.region_convert",
     "LayerNormLSTM": _RECURRENT,
     "LayerNormGRU": _RECURRENT,
     "LayerNormRNN": _RECURRENT,
