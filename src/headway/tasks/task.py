@@ -31,6 +31,7 @@ _BUILT_IN = {
     "prior-fitted-regression": "headway.tasks.prior_fitted:PriorFittedRegression",
     "digits-incremental": "headway.tasks.incremental:DigitsIncremental",
     "digits-microbatch": "headway.tasks.microbatch:DigitsMicroBatch",
+    "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
     "mnist": "headway.tasks.digits:MNIST",
     "cifar": "headway.tasks.digits:CIFAR",
     "table": "headway.tasks.tables:Table",

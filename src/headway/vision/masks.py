@@ -28,30 +28,24 @@ def irregular_masks(
     low, high = share
     if count < 0 or min(height, width) < 1 or not 0 <= low <= high < 1:
         raise ValueError(f"masks need a size and shares 0 <= low <= high < 1; they are {height}x{width} and {share}")
-    return (
-        torch.stack([_one(height, width, low, high, generator) for _ in range(count)])
-        if count
-        else torch.zeros((0, 1, height, width), dtype=torch.bool)
-    )
 
+    def draw(scale: float = 1.0) -> Tensor:
+        return torch.rand(count, generator=generator) * scale
 
-def _one(height: int, width: int, low: float, high: float, generator: torch.Generator | None) -> Tensor:
-    hole = torch.zeros((height, width), dtype=torch.bool)
-    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
-    side = max(height, width)
-
-    def draw() -> float:
-        return float(torch.rand((), generator=generator))
-
-    wanted = (low + (high - low) * draw()) * height * width
-    while hole.sum() < wanted:
-        radius = max(0.5, side / 32 * (1 + 2 * draw()))
-        y, x, angle = draw() * height, draw() * width, draw() * 2 * torch.pi
-        for _ in range(int(4 + 8 * draw())):
-            if hole.sum() >= wanted:
-                break
-            hole |= (rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2 <= radius**2
-            angle += (draw() - 0.5) * 1.5
-            step = torch.tensor(angle)
-            y, x = y + radius * float(step.sin()), x + radius * float(step.cos())
-    return hole[None]
+    hole = torch.zeros((count, height, width), dtype=torch.bool)
+    rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+    wanted = (low + (high - low) * draw()) * (height * width)
+    y, x, angle, radius, steps = (torch.zeros(count) for _ in range(5))
+    while (short := hole.sum((1, 2)) < wanted).any():
+        fresh = steps <= 0  # a new stroke begins
+        thick = (1 + draw(2)) * (max(height, width) / 32)
+        starts = (draw(height), draw(width), draw(2 * torch.pi), thick.clamp(min=0.75), 4 + draw(8))
+        for now, start in zip((y, x, angle, radius, steps), starts, strict=True):
+            now.copy_(torch.where(fresh, start, now))
+        away = (rows - y[:, None, None]).square() + (columns - x[:, None, None]).square()
+        hole |= (away <= radius[:, None, None].square()) & short[:, None, None]
+        angle += draw(1.5) - 0.75
+        y += radius * angle.sin()
+        x += radius * angle.cos()
+        steps -= 1
+    return hole[:, None]

@@ -1,0 +1,36 @@
+"""The claims of region normalisation that need no clock, and that verdicts follow the numbers."""
+
+import torch
+
+from headway.claims import region_norm as claims
+
+
+def test_whole_planes_shift_valid_pixels_and_regions_do_not():
+    evidence = claims._shift(True)
+    assert evidence.verdict == "holds"
+    assert all(row["full"] > 1000 * row["region"] for row in evidence.rows)
+
+
+def test_the_verdict_on_the_shift_follows_the_numbers(monkeypatch):
+    monkeypatch.setattr(claims, "region_norm", lambda x, _: torch.nn.functional.instance_norm(x))
+    assert claims._shift(True).verdict == "partly"
+
+
+def test_memory_is_the_input_and_the_mask():
+    evidence = claims._memory()
+    assert evidence.verdict == "holds"
+    shares = {row["layer"]: row["share"] for row in evidence.rows}
+    assert 1 < shares["RN-B"] < 1.02 and shares["RN-L"] < 1.2
+
+
+def test_inpainting_is_judged_by_the_better_of_the_ordinary_norms(monkeypatch):
+    numbers = {"batch norm": 20.0, "instance norm": 21.0, "RN-B + instance norm": 21.5, "RN-B + RN-L": 20.5}
+
+    def made_up(arm, seed, steps, **_):
+        return {"arm": arm, "seed": seed, "psnr": numbers[arm], "psnr_large": numbers[arm]}
+
+    monkeypatch.setattr(claims, "train", made_up)
+    assert claims._better(True).verdict == "partly"
+    assert claims._random_fill(True).verdict == "does not hold here"
+    numbers["RN-B + RN-L"] = 22.0
+    assert claims._better(True).verdict == claims._random_fill(True).verdict == "holds"
