@@ -40,6 +40,7 @@ _NAMES = {
     "Placement": "headway.residual.placement",
     "PreRMSNorm": "headway.residual.pre_rms",
     "ScaleResiduals": "headway.residual.depth",
+    "ScaleLong": "headway.residual.scale_long",
     "LayerNormRecurrent": "headway.norms.recurrent",
     "FoldNorms": "headway.norms.fold",
     "EvoNorm": "headway.norms.evo_convert",

@@ -147,6 +147,17 @@ _METHODS = [
         "headway.residual.depth",
     ),
     Method(
+        "scale-long",
+        "ScaleLong: scaled long skips",
+        "ScaleLong: Towards More Stable Training of Diffusion Model via Scaling Network Long Skip Connection",
+        2023,
+        "2310.13545",
+        "headway.residual.scale_long:ScaleLong",
+        "a UNet-shaped network: diffusers, U-ViT, or any that torch.fx can trace",
+        "train a deep UNet, or one at a high rate or with large batches, more steadily",
+        "headway.residual.long_skip",
+    ),
+    Method(
         "adam-p",
         "AdamP and SGDP",
         "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",

@@ -3,6 +3,7 @@
 from headway._lazy import attach as _attach
 
 _DEPTH, _PRE_RMS, _MEASURES = "headway.residual.depth", "headway.residual.pre_rms", "headway.residual.depth_measures"
+_LONG = "headway.residual.long_skip"
 _NAMES = {
     "TransformerBlock": "headway.residual.transformer",
     "TransformerDecoder": "headway.residual.transformer",
@@ -25,6 +26,14 @@ _NAMES = {
     "Residual": _DEPTH,
     "ScaleResiduals": _DEPTH,
     "scaled_add": _DEPTH,
+    "skip_scales": _LONG,
+    "SkipScale": _LONG,
+    "SkipGate": _LONG,
+    "LongSkips": _LONG,
+    "ScaleLong": "headway.residual.scale_long",
+    "FoldLongSkips": "headway.residual.scale_long",
+    "perturbation_gain": "headway.residual.long_skip_measures",
+    "feature_growth": "headway.residual.long_skip_measures",
     "residual_expansion": "headway.residual.expansion",
     "geometric_complexity": "headway.residual.complexity",
     "depth_report": "headway.residual.depth_report",

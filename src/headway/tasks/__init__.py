@@ -13,6 +13,7 @@ _NAMES = {
     "DigitsViT": "headway.tasks.digits",
     "DigitsRelabelled": "headway.tasks.relabelled",
     "DigitsBlocks": "headway.tasks.blocks",
+    "DigitsDiffusion": "headway.tasks.diffusion",
     "MNIST": "headway.tasks.digits",
     "CIFAR": "headway.tasks.digits",
     "Table": "headway.tasks.tables",

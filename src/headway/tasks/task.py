@@ -29,6 +29,7 @@ _BUILT_IN = {
     "digits-relabelled": "headway.tasks.relabelled:DigitsRelabelled",
     "digits-blocks": "headway.tasks.blocks:DigitsBlocks",
     "prior-fitted-regression": "headway.tasks.prior_fitted:PriorFittedRegression",
+    "digits-diffusion": "headway.tasks.diffusion:DigitsDiffusion",
     "digits-incremental": "headway.tasks.incremental:DigitsIncremental",
     "digits-microbatch": "headway.tasks.microbatch:DigitsMicroBatch",
     "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
