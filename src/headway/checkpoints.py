@@ -1,4 +1,5 @@
-"""Changed Hugging Face models on disk: the techniques are written into ``config.json`` and applied again when loading."""
+"""Changed Hugging Face models on disk, transformers' or diffusers': the techniques are written into ``config.json`` and applied again
+when loading."""
 
 from __future__ import annotations
 
@@ -45,17 +46,33 @@ def record_layer(model: nn.Module, technique: Replace, names: Sequence[str]) -> 
 
 def _saves(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
-    return hasattr(config, "to_dict") and hasattr(config, "save_pretrained")
+    return _frozen(model) is not None or (hasattr(config, "to_dict") and hasattr(config, "save_pretrained"))
+
+
+def _frozen(model: nn.Module) -> Any:
+    """The configuration of a model of diffusers, a frozen dictionary; None for any other model."""
+    return getattr(model, "_internal_dict", None) if hasattr(model, "register_to_config") else None
 
 
 def _noted(model: nn.Module, kind: type, settings: dict[str, Any], where: list[str] | None) -> list[Edit]:
     if not _saves(model):
         return []
-    config: Any = model.config
     entry: dict[str, Any] = {"technique": _path(kind), "settings": settings}
     if where is not None:
         entry["where"] = where
+    if (frozen := _frozen(model)) is not None:
+        noted = type(frozen)({**frozen, "headway": [*frozen.get("headway", []), entry]})
+        return [_InFrozenConfig(model, "_internal_dict", noted, name="config.headway")]
+    config: Any = model.config
     return [SetAttribute(config, "headway", [*getattr(config, "headway", []), entry], name="config.headway")]
+
+
+class _InFrozenConfig(SetAttribute):
+    """The whole configuration anew; the plan shows what is new in it."""
+
+    def describe(self) -> tuple[str, str]:
+        before, after = (f"headway = {config.get('headway', 'not set')!r}" for config in (self.before, self.value))  # type: ignore[attr-defined]
+        return before, after
 
 
 def _path(kind: type) -> str:
@@ -93,33 +110,27 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
 
     Args:
         folder: a local folder with ``config.json`` and safetensors weights.
-        model_class: a transformers class; the one named in the configuration by default.
+        model_class: a class of transformers or diffusers; the one named in the configuration by default.
 
     Raises:
         FileNotFoundError: the folder lacks a configuration or weights.
         ValueError: the weights do not fit the changed model.
     """
-    import transformers
     from safetensors.torch import load_file
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; give the folder that save_pretrained wrote")
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
-    entries = getattr(config, "headway", [])
-    config.headway = []
-    name = (config.architectures or ["AutoModel"])[0]
-    kind: Any = getattr(transformers, name) if model_class is None else model_class
-    model = kind(config)
+    build = _diffusers_model if "_diffusers_version" in json.loads((folder / "config.json").read_text()) else _model
+    model, entries, weights = build(folder, model_class)
     with warnings.catch_warnings():
         # what a technique says of the weights it finds was said when it was applied; these are replaced at once
         warnings.simplefilter("ignore", UserWarning)
         for entry in entries:
             apply(model, _technique(entry).for_loading(), where=entry.get("where"))
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
+    index = folder / f"{weights}.safetensors.index.json"
+    single = [f"{weights}.safetensors"]
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else single
     state: dict[str, Any] = {}
     for file in files:
         if not (folder / file).is_file():
@@ -135,6 +146,29 @@ def load_pretrained(folder: str | Path, model_class: type | None = None) -> nn.M
             f"the weights in {folder} do not fit: missing {', '.join(lost) or 'none'}, unexpected {', '.join(unexpected) or 'none'}"
         )
     return model.eval()
+
+
+def _model(folder: Path, model_class: Any) -> tuple[nn.Module, list[dict[str, Any]], str]:
+    """A fresh model of transformers, what was recorded in its configuration, and the stem of its weights' files."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    entries = getattr(config, "headway", [])
+    config.headway = []
+    name = (config.architectures or ["AutoModel"])[0]
+    kind: Any = getattr(transformers, name) if model_class is None else model_class
+    return kind(config), entries, "model"
+
+
+def _diffusers_model(folder: Path, model_class: Any) -> tuple[nn.Module, list[dict[str, Any]], str]:
+    """The same for a model of diffusers."""
+    config = json.loads((folder / "config.json").read_text())
+    entries = config.pop("headway", [])
+    if model_class is None:
+        import diffusers  # type: ignore[import-not-found]
+
+        model_class = getattr(diffusers, config["_class_name"])
+    return model_class.from_config(config), entries, "diffusion_pytorch_model"
 
 
 def _names_on_disk(model: nn.Module) -> dict[str, str]:

@@ -221,7 +221,7 @@ class FoldLongSkips(Technique):
         found: list[Edit] = []
         for site in hosts.values():
             host: Any = site.module
-            found += folded(model, site.name, host, self.example_inputs)
+            found += self._folded(model, site.name, host)
             told = (f"long skips {', '.join(str(i) for i in host.host_at if i is not None)} scaled", "not scaled")
             found.append(SetScaling(Host(site.name, host, ()), None, told))
         for name, owner in model.named_modules() if hosts else ():
@@ -232,7 +232,20 @@ class FoldLongSkips(Technique):
                 and id(layer) not in left
             ):  # type: ignore[union-attr]
                 found.append(Attach(owner, NAME, None, name))
-        return found
+        return [*found, *record(model, FoldLongSkips(), sites)] if found else []
+
+    def for_loading(self) -> Technique:
+        return _FoldedForm()
+
+    def _folded(self, model: nn.Module, name: str, host: ScaledHost) -> list[Edit]:
+        return folded(model, name, host, self.example_inputs)
+
+
+class _FoldedForm(FoldLongSkips):
+    """Only the shape that folding gives a network: its weights are loaded next."""
+
+    def _folded(self, model: nn.Module, name: str, host: ScaledHost) -> list[Edit]:
+        return []
 
 
 def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
