@@ -11,6 +11,7 @@ ROOMS = [
     "headway.optim",
     "headway.learning",
     "headway.learning.no_prop",
+    "headway.learning.batchnorm_only",
     "headway.tabular",
     "headway.tabular.pfn",
     "headway.vision",

@@ -49,6 +49,7 @@ _NAMES = {
     "SelfNormalizing": "headway.weights.self_normalizing",
     "NoProp": "headway.learning.no_prop.stack",
     "StandardiseWeights": "headway.weights.standardising",
+    "BatchNormOnly": "headway.learning.batchnorm_only.technique",
     "MicroBatch": "headway.norms.microbatch",
     "AdaB2N": "headway.norms.balancing",
     "RegionNorm": "headway.norms.region_convert",

@@ -278,6 +278,17 @@ _METHODS = [
         "networks whose input has known invalid pixels: inpainting, sensor dropouts, tiles without data",
         "headway.norms.region",
     ),
+    Method(
+        "batchnorm-only",
+        "Training only BatchNorm",
+        "Training BatchNorm and Only BatchNorm: On the Expressive Power of Random Features in CNNs",
+        2020,
+        "2003.00152",
+        "headway.learning.batchnorm_only.technique:BatchNormOnly",
+        "any network with affine norms",
+        "fine-tune with half a percent of the parameters: many tasks on one frozen network, half the memory of training",
+        "headway.learning.batchnorm_only",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

@@ -49,13 +49,13 @@ def kept_bits(n: int, seed: int, p: float) -> Tensor:
 def pack(kept: Tensor) -> Tensor:
     """Eight bools a byte, the first in the lowest bit."""
     kept = kept.flatten()
-    padded = torch.zeros(-(-kept.numel() // 8) * 8, dtype=torch.uint8)
+    padded = torch.zeros(-(-kept.numel() // 8) * 8, dtype=torch.uint8, device=kept.device)
     padded[: kept.numel()] = kept
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=kept.device)
     return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, n: int) -> Tensor:
     """The first ``n`` bools of :func:`pack`."""
-    places = torch.arange(8, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> places) & 1).bool().flatten()[:n]
