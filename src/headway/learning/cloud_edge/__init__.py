@@ -1,0 +1,27 @@
+"""Edge devices that only infer, and a server that keeps their normalisation layers fit for data that drift.
+
+    edge:   logits = g_w(x); upload x if E_min < H(x) < E_max(t)                                     :mod:`.selection`
+    cloud:  f <- f - step on mean_i exp(E_max(0) - H_i) H_i, affine parameters of its norms alone
+            w <- w - step on the distillation of f into g_w, on the uploaded samples and three times as many earlier ones, affine
+            parameters alone                                                                         :mod:`.distillation`
+    edge:   takes the new affine parameters and running statistics between two batches               :mod:`.renorm`
+
+The device never computes a gradient, never waits for the network and goes on with its last good parameters whatever becomes of the
+server. "Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation via Selective Entropy Distillation", 2024, arXiv 2402.17316.
+Reach for it where devices cannot back-propagate, the uplink is scarce, labels never come and a stronger model runs on a server. Not
+where raw samples may not leave the device (they are sent as they are), not for nets without affine normalisation, and not where
+refreshing batch norm's statistics on the device is already enough: measure that first.
+"""
+
+from headway._lazy import attach as _attach
+
+_NAMES = {
+    "EntropyThreshold": "headway.learning.cloud_edge.selection",
+    "RedundancyFilter": "headway.learning.cloud_edge.selection",
+    "RandomSelection": "headway.learning.cloud_edge.selection",
+    "select_samples": "headway.learning.cloud_edge.selection",
+    "SelectiveEntropyDistillation": "headway.learning.cloud_edge.distillation",
+    "BatchRenorm": "headway.learning.cloud_edge.renorm",
+    "affine_parameters": "headway.learning.cloud_edge.affine",
+}
+__getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
