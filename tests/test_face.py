@@ -12,6 +12,7 @@ ROOMS = [
     "headway.learning",
     "headway.learning.no_prop",
     "headway.learning.batchnorm_only",
+    "headway.learning.cloud_edge",
     "headway.tabular",
     "headway.tabular.pfn",
     "headway.vision",

@@ -224,6 +224,17 @@ _METHODS = [
         "headway.learning.no_prop",
     ),
     Method(
+        "cema",
+        "CEMA: cloud-edge elastic model adaptation",
+        "Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation via Selective Entropy Distillation",
+        2024,
+        "2402.17316",
+        None,
+        "a classifier with affine norms on devices, and a stronger one for the same classes on a server",
+        "keep devices that only infer fit for data that drift, from few unlabelled samples, over HTTP",
+        "headway.learning.cloud_edge",
+    ),
+    Method(
         "pfn",
         "Prior-data fitted networks (PFN)",
         "Transformers Can Do Bayesian Inference",

@@ -36,5 +36,11 @@ _NAMES = {
     "prune_disabled": f"{_BN}.prune",
     "CIFARResNet": f"{_BN}.resnets",
     "RandomFeatureCNNClassifier": f"{_BN}.classifier",
+    "EdgeClient": "headway.learning.cloud_edge.client",
+    "CloudServer": "headway.learning.cloud_edge.cloud",
+    "simulate": "headway.learning.cloud_edge.simulation",
+    "BatchRenorm": "headway.learning.cloud_edge.renorm",
+    "SelectiveEntropyDistillation": "headway.learning.cloud_edge.distillation",
+    "EntropyThreshold": "headway.learning.cloud_edge.selection",
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)

@@ -11,11 +11,23 @@ server. "Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation via Se
 Reach for it where devices cannot back-propagate, the uplink is scarce, labels never come and a stronger model runs on a server. Not
 where raw samples may not leave the device (they are sent as they are), not for nets without affine normalisation, and not where
 refreshing batch norm's statistics on the device is already enough: measure that first.
+
+    python -m headway.learning.cloud_edge.server --edge pkg.models:edge --foundation pkg.models:foundation --port 8008
+
+    client = EdgeClient(edge(), "http://127.0.0.1:8008")
+    logits = client(x)
 """
 
 from headway._lazy import attach as _attach
 
 _NAMES = {
+    "EdgeClient": "headway.learning.cloud_edge.client",
+    "CloudServer": "headway.learning.cloud_edge.cloud",
+    "HTTPFrontEnd": "headway.learning.cloud_edge.server",
+    "asgi_app": "headway.learning.cloud_edge.server",
+    "simulate": "headway.learning.cloud_edge.simulation",
+    "Simulation": "headway.learning.cloud_edge.simulation",
+    "Settings": "headway.learning.cloud_edge.adaptation",
     "EntropyThreshold": "headway.learning.cloud_edge.selection",
     "RedundancyFilter": "headway.learning.cloud_edge.selection",
     "RandomSelection": "headway.learning.cloud_edge.selection",

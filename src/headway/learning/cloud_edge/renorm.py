@@ -65,7 +65,8 @@ class BatchRenorm(RunningStatistics, _BatchNorm):
 
     def reset_statistics(self) -> None:
         """The next batch, in training or not, defines the running statistics."""
-        self.reset_running_stats()
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.zero_()
         self._undefined = True
 
     def statistics_loaded(self) -> None:
