@@ -11,13 +11,14 @@ import torch
 from headway.norms import EvoNormB0, EvoNormS0, LayerGraph, search_layers
 from headway.norms.evo_anchors import ANCHORS, plain_anchor, residual_anchor, wide_anchor
 from headway.norms.evo_graph import INITIAL
-from headway.norms.evo_search import Candidate, Protocol, judge, pareto
+from headway.norms.evo_judge import Protocol, Training, judge, train_score
+from headway.norms.evo_search import Candidate, pareto
 from headway.tasks.digits import Digits
 
 B0 = "div(x, max(std_bwh(x), add(mul(v1, x), std_wh(x))))"
 S0 = "div(mul(x, sigmoid(mul(v1, x))), std_whg(x))"
 BN_RELU = "max(div(add(x, neg(mean_bwh(x))), std_bwh(x)), zero)"
-FAST = Protocol(quality=(60, 0.2), stability=(3, 0.1, 1e8), steps=60)
+AS_PUBLISHED = Protocol(steps=100)  # both rejections; the score comes with the first of them
 
 
 def data():
@@ -51,18 +52,22 @@ def test_batch_norm_with_relu_is_a_graph_that_survives_both_rejections():
     x = torch.randn(4, 8, 5, 5).double()
     ours = LayerGraph.from_formula(BN_RELU).to_module(8).double()
     torch.testing.assert_close(ours(x), torch.nn.functional.batch_norm(x, None, None, training=True).relu())
-    reason, scores = judge(LayerGraph.from_formula(BN_RELU), [small, smaller], data(), FAST)
-    assert reason == "" and len(scores) == 2 and min(scores) > 0.25
+    reason, scores = judge(LayerGraph.from_formula(BN_RELU), [smaller], data(), AS_PUBLISHED)
+    assert reason == "" and min(scores) > 0.25
 
 
 # oracle 9
-@pytest.mark.parametrize("formula", ["mul(zero, x)", "exp(exp(square(mul(x, exp(exp(v1))))))", "div(x, zero)"])
+@pytest.mark.parametrize("formula", ["mul(zero, x)", "exp(exp(square(x)))", "div(x, zero)"])
 def test_graphs_that_cannot_work_fall_to_the_first_rejection(formula):
-    assert judge(LayerGraph.from_formula(formula), [small], data(), FAST) == ("quality", [])
+    found = judge(LayerGraph.from_formula(formula), list(ANCHORS.values()), data(), Protocol(stability=None))
+    assert found == ("quality", [])
 
 
-def test_exp_of_exp_of_the_square_is_rejected():
-    assert judge(LayerGraph.from_formula("exp(exp(square(x)))"), list(ANCHORS.values()), data(), FAST)[0] == "quality"
+def test_a_longer_training_goes_on_where_a_shorter_one_stopped():
+    layer = LayerGraph.from_formula(BN_RELU).to_module
+    run = Training(small, layer, data(), Protocol())
+    early = run.score(10)
+    assert [early, run.score(25)] == [train_score(small, layer, data(), steps, Protocol()) for steps in (10, 25)]
 
 
 def test_a_norm_of_the_gradient_that_passes_the_limit_is_unstable():

@@ -18,7 +18,8 @@ from headway.measure import paired
 from headway.norms.evo import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dS0
 from headway.norms.evo_anchors import ANCHORS, plain_anchor, wide_anchor
 from headway.norms.evo_graph import LayerGraph
-from headway.norms.evo_search import Protocol, judge, search_layers, train_score
+from headway.norms.evo_judge import Protocol, judge, train_score
+from headway.norms.evo_search import search_layers
 from headway.signals.saved import SavedBytes
 from headway.tasks.digits import Digits
 

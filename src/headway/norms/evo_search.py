@@ -5,10 +5,9 @@
 
 A candidate is thrown out early where it cannot work: after 100 steps below 20 % accuracy in any anchor net, or with a value that is
 not finite (quality); or where climbing the norm of the loss gradient over the convolution weights passes 1e8 (stability). Survivors
-are trained a little longer in every anchor; the parent of the next is a member of a sample's Pareto front, the oldest of the
-population leaves, and the best are ranked again after longer training. The numbers of the protocol are from memory of the paper,
-whose search was not released; which gradient its stability test takes is not known for certain (``gradient_norm`` replaces ours).
-For classification nets that train in seconds. One anchor alone overfits.
+are trained a little longer in every anchor (:mod:`headway.norms.evo_judge`); the parent of the next is a member of a sample's Pareto
+front, the oldest of the population leaves, and the best are ranked again after longer training. The numbers of the protocol are
+from memory of the paper, whose search was not released. For classification nets that train in seconds. One anchor alone overfits.
 """
 
 from __future__ import annotations
@@ -17,34 +16,18 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from headway.norms.evo_anchors import Anchor, Layer
+from headway.norms.evo_anchors import Anchor
 from headway.norms.evo_graph import GraphLayer, LayerGraph
-
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
-Norm = Callable[[nn.Module, Tensor, Tensor, list[Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How one candidate is judged; the fields of :func:`search_layers`."""
-
-    quality: tuple[int, float] | None = (100, 0.2)
-    stability: tuple[int, float, float] | None = (100, 0.1, 1e8)
-    steps: int = 150
-    batch_size: int = 64
-    learning_rate: float = 0.05
-    seed: int = 0
-    gradient_norm: Norm | None = None
+from headway.norms.evo_judge import Data, GradientNorm, NotFinite, Protocol, judge, train_score
 
 
 @dataclass(frozen=True)
@@ -93,82 +76,6 @@ class SearchResult:
         return self.ranked[0]
 
 
-class _NotFinite(ArithmeticError):
-    pass
-
-
-def train_score(anchor: Anchor, layer: Layer, data: Data, steps: int, protocol: Protocol) -> float:
-    """Validation accuracy (0 to 1) of an anchor net after ``steps`` of SGD with momentum.
-
-    Raises:
-        ArithmeticError: a loss or an output was not finite; training stops there.
-    """
-    x, y, x_val, y_val = data
-    torch.manual_seed(protocol.seed)
-    model, draw = anchor(layer).train(), torch.Generator().manual_seed(protocol.seed)
-    optimizer = torch.optim.SGD(model.parameters(), protocol.learning_rate, momentum=0.9)
-    for step in range(steps):
-        at = torch.randint(len(x), (protocol.batch_size,), generator=draw)
-        loss = F.cross_entropy(model(x[at]), y[at])
-        if not torch.isfinite(loss):
-            raise _NotFinite(f"the loss at step {step} is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        out = model.eval()(x_val)
-    if not torch.isfinite(out).all():
-        raise _NotFinite("an output in evaluation is not finite")
-    return float((out.argmax(1) == y_val).double().mean())
-
-
-def gradient_norm(model: nn.Module, x: Tensor, y: Tensor, weights: list[Tensor]) -> Tensor:
-    """Norm of the loss gradient over ``weights``, itself differentiable."""
-    grads = torch.autograd.grad(F.cross_entropy(model(x), y), weights, create_graph=True, allow_unused=True)
-    return torch.sqrt(sum((g.square().sum() for g in grads if g is not None), x.new_zeros(())) + 1e-30)
-
-
-def stable(anchor: Anchor, layer: Layer, data: Data, protocol: Protocol) -> bool:
-    """Whether the norm stays finite and below the limit while it is climbed from the initial convolution weights."""
-    assert protocol.stability is not None
-    steps, rate, limit = protocol.stability
-    torch.manual_seed(protocol.seed)
-    model = anchor(layer).train()
-    weights = [p for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for p in [m.weight]]
-    x, y = data[0][: protocol.batch_size], data[1][: protocol.batch_size]
-    measure = protocol.gradient_norm or gradient_norm
-    for _ in range(steps):
-        norm = measure(model, x, y, weights)
-        if not torch.isfinite(norm) or norm > limit:
-            return False
-        if not norm.requires_grad:
-            return True
-        ups = torch.autograd.grad(norm, weights, allow_unused=True)
-        with torch.no_grad():
-            for w, up in zip(weights, ups, strict=True):
-                if up is not None:
-                    w.add_(up, alpha=rate)
-    return all(bool(torch.isfinite(w).all()) for w in weights)
-
-
-def judge(graph: LayerGraph, anchors: Sequence[Anchor], data: Data, protocol: Protocol) -> tuple[str, list[float]]:
-    """Why a candidate is rejected ("" if it is not), and its accuracy in every anchor."""
-    layer = graph.to_module
-    scores: list[float] = []
-    try:
-        for anchor in anchors if protocol.quality is not None else ():
-            if train_score(anchor, layer, data, protocol.quality[0], protocol) < protocol.quality[1]:  # type: ignore[index]
-                return "quality", []
-        for anchor in anchors if protocol.stability is not None else ():
-            if not stable(anchor, layer, data, protocol):
-                return "stability", []
-        for anchor in anchors:
-            scores.append(train_score(anchor, layer, data, protocol.steps, protocol))
-    except _NotFinite:
-        return "quality", []
-    return "", scores
-
-
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other one matches in every anchor and beats in one."""
 
@@ -209,10 +116,11 @@ def search_layers(
     steps: int = 150,
     rerank: tuple[int, int] | None = (5, 400),
     nodes: int = 10,
+    seconds: float | None = None,
     file: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
     learning_rate: float = 0.05,
-    gradient_norm: Norm | None = None,
+    gradient_norm: GradientNorm | None = None,
 ) -> SearchResult:
     """Judges ``budget`` candidates and ranks the survivors.
 
@@ -230,6 +138,7 @@ def search_layers(
         workers: processes; anchors and ``gradient_norm`` must then be importable functions.
         steps: of the training that scores a survivor. rerank: (how many of the best, steps) at the end, or None.
         nodes: of a random graph, after the four initial ones.
+        seconds: begin no further candidate after so long, whatever is left of the budget.
         file: where the history is kept after every round; a search that finds its file goes on from there.
         batch_size, learning_rate: of every training.
         gradient_norm: (model, x, y, weights) -> the norm that the stability test climbs.
@@ -257,14 +166,14 @@ def search_layers(
         nodes,
         len(chosen),
     ]
-    history = _load(file, settings)
+    history, start = _load(file, settings), time.monotonic()
     known = {c.formula for c in history}
     pool = None
     if workers > 1:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(chosen, data, protocol))
     try:
-        while len(history) < budget:
+        while len(history) < budget and (seconds is None or time.monotonic() - start < seconds):
             graphs = [
                 _next(history, len(history) + i, population, tournament, objective, seed, nodes, batch_free, budget)
                 for i in range(min(workers, budget - len(history)))
@@ -318,7 +227,7 @@ def _again(
     for each in survivors[:count]:
         try:
             scores = [train_score(anchor, each.to_module, data, steps, protocol) for anchor in anchors]
-        except _NotFinite:
+        except NotFinite:
             scores = [0.0]
         longer.append((sum(scores) / len(scores), each))
     longer.sort(key=lambda pair: (-pair[0], pair[1].index))
