@@ -1,4 +1,4 @@
-// CPU bodies of headway::plane_moments, plane_norm and plane_norm_backward: norms by channel statistics, and by groups after them.
+// CPU bodies of headway::plane_step, its backward, and what it is made of: norms by channel statistics, and by groups after them.
 #include <cmath>
 #include <cstdint>
 #include <tuple>
@@ -43,11 +43,17 @@ Doubles spread(const Maybe& given, int64_t channels, double missing) {
   for (int64_t c = 0; c < channels; c++) out[c] = from[c / each];
   return out;
 }
-// sums over channels, put together again as the parameter is: a number a channel or a group
+// sums over channels, put together again as the parameter is: a number a channel or a group, in its arithmetic type
 Tensor gather(const Doubles& from, const Maybe& as) {
   const int64_t n = as && as->defined() ? as->numel() : 0;
-  Tensor t = headway::zeros(n, ScalarType::Double);
-  for (int64_t c = 0; n && c < int64_t(from.size()); c++) data<double>(t)[c * n / from.size()] += from[c];
+  Tensor t = headway::zeros(n, n ? headway::wide_type(*as) : ScalarType::Float);
+  const int64_t each = n ? int64_t(from.size()) / n : 0;
+  for (int64_t k = 0; k < n && each; k++) {
+    double sum = 0;
+    for (int64_t c = k * each; c < (k + 1) * each; c++) sum += from[c];
+    if (t.scalar_type() == ScalarType::Double) data<double>(t)[k] = sum;
+    else data<float>(t)[k] = float(sum);
+  }
   return t;
 }
 
@@ -264,6 +270,95 @@ Tensor move_statistics(const Tensor& running_mean, const Tensor& running_var, co
   }
   return out;
 }
+
+// what a task of the batch weighs (pi), beside exp(omega) in the same scale; both hold a number for each task seen
+struct TaskWeights {
+  Doubles omega, pi;
+  const int64_t* n;
+  double total = 0;
+  TaskWeights(const Tensor& task_weight, const Tensor& counts, int64_t seen, bool renormalize) : omega(seen), pi(seen), n(data<int64_t>(counts)) {
+    if (seen > task_weight.numel() || seen > counts.numel()) throw std::runtime_error("there are more tasks than weights or counts");
+    Doubles room;
+    const double* given = headway::parameter<double>(task_weight, room);
+    double top = 0;  // weights of any size without overflow
+    for (int64_t k = 0; k < seen; k++) top = std::max(top, given[k]);
+    for (int64_t k = 0; k < seen; k++) {
+      const bool counted = n[k] || !renormalize;
+      omega[k] = counted ? std::exp(given[k] - top) : 0;
+      pi[k] = counted ? omega[k] + double(n[k]) * std::exp(-top) : 0;
+      total += pi[k];
+    }
+    for (int64_t k = 0; k < seen; k++) pi[k] /= total, omega[k] /= total;
+  }
+  double each(int64_t task) const {
+    if (task < 0 || task >= int64_t(pi.size())) throw std::runtime_error("a task id lies outside the tasks seen");
+    return double(std::max<int64_t>(1, n[task]));
+  }
+};
+
+Tensor task_shares(const Tensor& task_weight, const Tensor& ids, const Tensor& counts, int64_t seen, bool renormalize) {
+  const Tensor tasks = packed(ids), of_batch = packed(counts);
+  const TaskWeights w(task_weight, of_batch, seen, renormalize);
+  const int64_t N = tasks.numel(), *id = data<int64_t>(tasks);
+  Tensor shares = doubles({N});
+  for (int64_t i = 0; i < N; i++) {
+    const double n = w.each(id[i]);
+    data<double>(shares)[i] = w.pi[id[i]] / n;
+  }
+  return shares;
+}
+
+Tensor task_shares_backward(const Tensor& gradient, const Tensor& task_weight, const Tensor& ids, const Tensor& counts, int64_t seen,
+                            bool renormalize) {
+  const Tensor tasks = packed(ids), of_batch = packed(counts), g = packed(gradient);
+  const TaskWeights w(task_weight, of_batch, seen, renormalize);
+  const int64_t N = tasks.numel(), *id = data<int64_t>(tasks);
+  Doubles to_pi(seen), found(task_weight.numel());
+  double mean = 0;
+  for (int64_t i = 0; i < N; i++) {
+    const double part = data<double>(g)[i] / w.each(id[i]);
+    to_pi[id[i]] += part, mean += part * w.pi[id[i]];
+  }
+  for (int64_t k = 0; k < seen; k++) found[k] = w.omega[k] * (to_pi[k] - mean);
+  return gather(found, task_weight);
+}
+
+// one training step: statistics of the batch by the shares of its tasks (or of all samples alike), running values moved by them, and
+// the norm by the batch's statistics or, where they are estimates, by the running values after they have moved
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plane_step(
+    const Tensor& given, const Maybe& weight, const Maybe& bias, const Maybe& group_weight, const Maybe& group_bias,
+    const Maybe& task_weight, const Maybe& ids, const Maybe& counts, const Maybe& running_mean, const Maybe& running_var,
+    const Maybe& kept_rate, double rate, double decay, int64_t seen, bool moves, bool estimate, bool unbiased, bool renormalize,
+    int64_t groups, double eps, double group_eps) {
+  const Tensor x = packed(given);
+  const int64_t N = x.size(0), K = x.size(1), values = N * x.size(2);
+  Tensor shares;
+  if (task_weight && task_weight->defined()) {
+    shares = task_shares(*task_weight, *ids, *counts, seen, renormalize);
+  } else {
+    shares = doubles({N});
+    std::fill_n(data<double>(shares), N, 1.0 / std::max<int64_t>(1, N));
+  }
+  const Tensor moments = plane_moments(x);
+  const bool tracks = running_mean && running_mean->defined();
+  Tensor statistics = plane_statistics(moments, shares, estimate ? running_mean : Maybe());
+  Tensor running = statistics;
+  if (tracks) {
+    Tensor target = statistics;
+    if (unbiased) {
+      target = doubles({2, K});
+      std::copy_n(data<double>(statistics), 2 * K, data<double>(target));
+      for (int64_t c = 0; c < K; c++) data<double>(target)[K + c] *= double(values) / double(std::max<int64_t>(1, values - 1));
+    }
+    running = move_statistics(*running_mean, *running_var, kept_rate, target, rate, decay, moves);
+  } else {
+    running = doubles({2, K});
+    std::copy_n(data<double>(statistics), 2 * K, data<double>(running));
+  }
+  if (estimate) std::copy_n(data<double>(running), 2 * K, data<double>(statistics));
+  const Tensor y = plane_norm(x, moments, statistics, weight, bias, group_weight, group_bias, groups, eps, group_eps);
+  return {y, moments, shares, statistics, running};
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(headway, CPU, m) {
@@ -272,4 +367,7 @@ STABLE_TORCH_LIBRARY_IMPL(headway, CPU, m) {
   m.impl("move_statistics", TORCH_BOX(&move_statistics));
   m.impl("plane_norm", TORCH_BOX(&plane_norm));
   m.impl("plane_norm_backward", TORCH_BOX(&plane_norm_backward));
+  m.impl("task_shares", TORCH_BOX(&task_shares));
+  m.impl("task_shares_backward", TORCH_BOX(&task_shares_backward));
+  m.impl("plane_step", TORCH_BOX(&plane_step));
 }

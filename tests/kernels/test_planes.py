@@ -70,6 +70,40 @@ def test_statistics_move_alike_and_not_at_all_on_nan(moves):
             assert torch.equal(one[2], running[2]) == (stays or kept == 2)
 
 
+TASKS = torch.tensor([0.5, -40.0, 900.0, 0.1]), torch.tensor([0, 2, 0]), torch.tensor([2, 0, 1, 0])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shares_of_tasks_and_their_gradient_equal_the_plain_ones(dtype, renormalize):
+    weight, *rest = TASKS[0].to(dtype), *TASKS[1:], 3, renormalize
+    torch.testing.assert_close(ops.task_shares(weight, *rest), reference.task_shares(weight, *rest))
+    pull = torch.randn(3, dtype=torch.float64)
+    ours, plain = ops.task_shares_backward(pull, weight, *rest), reference.task_shares_backward(pull, weight, *rest)
+    torch.testing.assert_close(ours, plain)
+    assert ours.dtype == torch.promote_types(dtype, torch.float32) and ours.shape == (4,)
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize(
+    "estimate, unbiased, tasks", [(True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_whole_step_equals_its_parts(kept, estimate, unbiased, tasks, groups):
+    x, *_, weight, bias, gain, offset = case(torch.float32, groups=groups)
+    omega = TASKS if tasks else (None, None, None)
+    args = (x, weight, bias, gain, offset, *omega)
+    settings = (0.3, 0.8, 3, True, estimate, unbiased, False, groups, 1e-5, 1e-5)
+    found = []
+    for body in (ops.plane_step, reference.plane_step):
+        running = [torch.full((6,), 0.5), torch.ones(6), torch.tensor(0.4, dtype=torch.float64) if kept else None]
+        found.append([*body(*args, *running, *settings), *running[: 2 + kept]])
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
+    assert not torch.equal(found[0][5], torch.full((6,), 0.5))
+    nowhere = ops.plane_step(*args, None, None, None, *settings[:4], False, *settings[5:])
+    torch.testing.assert_close(nowhere[3], nowhere[4])
+
+
 @pytest.mark.parametrize("groups", [0, 2])
 def test_gradcheck_through_statistics_and_shares(groups):
     x, _, _, given, shares, *parameters = case(torch.float64, groups=groups)
@@ -93,6 +127,19 @@ def test_operators_are_what_a_compiler_expects():
     opcheck(ops.plane_norm, (x, moments, statistics, weight, bias, gain, offset, 2, 1e-5, 1e-5), test_utils=tests)
     args = (gy, x, moments, statistics, shares, weight, bias, gain, offset, None, None, 2, 1e-5, 1e-5)
     opcheck(ops.plane_norm_backward, args, test_utils=tests)
+    opcheck(ops.task_shares, (*TASKS, 3, False), test_utils=tests)
+    opcheck(ops.task_shares_backward, (shares, *TASKS, 3, False), test_utils=tests)
+    running = torch.zeros(6), torch.ones(6), torch.ones((), dtype=torch.float64)
+    settings = (0.0, 0.8, 3, True, False, False, False, 2, 1e-5, 1e-5)
+    opcheck(ops.plane_step, (x, weight, bias, gain, offset, *TASKS, *running, *settings), test_utils=tests)
+
+
+def test_what_a_step_has_moved_cannot_be_used_by_an_older_backward():
+    x, running = torch.randn(2, 6, 5, requires_grad=True), (torch.zeros(6), torch.ones(6))
+    older = torch.nn.functional.batch_norm(x, *running, torch.ones(6, requires_grad=True))
+    planes.plane_step(x, None, None, running, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        older.sum().backward()
 
 
 def test_a_large_common_mean_costs_no_digits():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from headway.kernels.planes import Tasks
 from headway.norms.balanced import AdaB2N1d, AdaB2N2d, AdaB2N3d
 from headway.norms.balancing import balance_penalty, start_task, task_batch
 
@@ -170,7 +171,8 @@ def test_the_rate_follows_its_recursion_to_its_fixed_point():
 @pytest.mark.parametrize("ids", [[0, 1, 2, 2], [0, 2, 2, 2]])
 def test_a_shift_moves_the_mean_by_the_sum_of_the_shares(ids, renormalize):
     layer, x, (mean, _) = balanced(0.0, ids, renormalize)
-    total = float(layer.shares(torch.tensor(ids), torch.bincount(torch.tensor(ids), minlength=3)).detach().sum())
+    counts = torch.bincount(torch.tensor(ids), minlength=3)
+    total = float(Tasks(layer.task_weight.detach(), torch.tensor(ids), counts, 3, renormalize).shares().sum())
     with task_batch(layer, torch.tensor(ids)):
         layer(x + 5)
     torch.testing.assert_close(layer._seen[0][0] - mean, torch.full((4,), 5 * total, dtype=DOUBLE))
@@ -289,6 +291,7 @@ def test_compiled_and_half_precision_training():
     with task_batch(half, ids):
         assert half(x.bfloat16()).dtype == torch.bfloat16
     assert half.running_mean.dtype == torch.float32 and half.eta.dtype == torch.float64
+    assert half.eval()(x.bfloat16()).dtype == torch.bfloat16
     with task_batch(layer, ids), torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(layer(x)).all()
 

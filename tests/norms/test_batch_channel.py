@@ -218,6 +218,7 @@ def test_half_precision_is_computed_in_float32_and_keeps_its_statistics(dtype):
     full, half = BatchChannelNorm2d(8, 2, True), BatchChannelNorm2d(8, 2, True).to(dtype)
     torch.testing.assert_close(half(x.to(dtype)).float(), full(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
     assert half.batch.running_mean.dtype == torch.float32
+    assert EstBatchNorm2d(8).to(dtype).eval()(x.to(dtype)).dtype == dtype
     torch.testing.assert_close(half.batch.running_mean, full.batch.running_mean)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(full(x.to(dtype))).all()

@@ -26,19 +26,11 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headway.kernels.planes import (
-    batch_statistics,
-    count_samples,
-    even_shares,
-    move_statistics,
-    plane_moments,
-    plane_norm,
-)
-from headway.norms.statistics import RunningStatistics
+from headway.kernels.planes import Tasks, plane_step
+from headway.norms.statistics import RunningStatistics, by_running_statistics
 
 
 class TaskBalancedNorm(RunningStatistics, _BatchNorm):
@@ -124,44 +116,28 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
         ones = batches - 1 if decay == 1 else (1 - decay ** (batches - 1)) / (1 - decay)
         return 1 / (decay ** (batches - 1) / first + ones)
 
-    def shares(self, task_ids: Tensor, counts: Tensor) -> Tensor:
-        """(N,) float64: how much each sample counts in the batch's statistics; ``counts`` (num_tasks,) of the whole batch."""
-        seen = self.current_task + 1
-        omega, n = self.task_weight[:seen].double(), counts[:seen].double()
-        top = omega.detach().amax().clamp(min=0)  # weights of any size without overflow
-        pi = (omega - top).exp() + n * (-top).exp()
-        if self.renormalize:
-            pi = pi * (n > 0)
-        return (pi / pi.sum() / n.clamp(min=1))[task_ids]
-
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return by_running_statistics(x, self)
         planes = x[..., None] if x.dim() == 2 else x.flatten(2)
-        sync = self._together()
-        if self.current_task == 0:
-            shares = even_shares(planes, count_samples(planes, sync))
-        else:
-            shares = self._task_shares(x)
+        sync, moves = self._together(), self._frozen == 0
         if planes.shape[0] * planes.shape[2] == 1 and not sync:
             warnings.warn("one value a channel in training: its variance is 0 and the output the bias", stacklevel=2)
-        moments = plane_moments(planes.detach())
-        now = batch_statistics(moments, shares.detach(), None, sync)
-        running = None
         # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
-        if planes.numel() or sync:
-            moves = self._frozen == 0
-            running = move_statistics(self.running_mean, self.running_var, now, self.eta, moves, self.decay)
-            if moves:
-                self.num_batches_tracked.add_(1)
-        y, statistics = plane_norm(
-            planes, self.weight, self.bias, shares, now, moments=moments, eps=self.eps, sync=sync
-        )
+        if moves and (planes.numel() or sync):
+            self.num_batches_tracked.add_(1)
+        y, statistics, running = plane_step(
+            planes, self.weight, self.bias, (self.running_mean, self.running_var), self.eta, decay=self.decay, moves=moves,
+            tasks=self._tasks(x), eps=self.eps, sync=sync,
+        )  # fmt: skip
         self._seen = None if running is None else (statistics, running)
         return y.reshape(x.shape)
 
-    def _task_shares(self, x: Tensor) -> Tensor:
+    def _tasks(self, x: Tensor) -> Tasks | None:
+        """The tasks of the batch; None for the first one, whose samples count alike."""
+        if self.current_task == 0:
+            return None
         if self.current_task >= self.num_tasks:
             raise RuntimeError(f"all {self.num_tasks} tasks have ended; grow_tasks(model, n) makes room for more")
         if self._batch is None:
@@ -171,7 +147,7 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
         task_ids, counts = self._batch
         if task_ids.shape[0] != x.shape[0]:
             raise ValueError(f"{task_ids.shape[0]} task ids were given for a batch of {x.shape[0]} samples")
-        return self.shares(task_ids, counts)
+        return Tasks(self.task_weight, task_ids, counts, self.current_task + 1, self.renormalize)
 
     def penalty(self) -> Tensor | None:
         """Mean squared distance of the last training batch's statistics from the running ones as they were then, the latter

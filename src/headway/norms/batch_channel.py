@@ -23,15 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headway.kernels.planes import (
-    batch_statistics,
-    count_samples,
-    even_shares,
-    move_statistics,
-    plane_moments,
-    plane_norm,
-)
-from headway.norms.statistics import RunningStatistics
+from headway.kernels.planes import plane_norm, plane_step
+from headway.norms.statistics import RunningStatistics, by_running_statistics
 
 Affine = Literal["group", "channel"]
 
@@ -93,32 +86,27 @@ class EstBatchNorm(RunningStatistics, _BatchNorm):
                 f"the input has the shape {tuple(input.shape)}"
             )
 
-    def estimate(self, planes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The statistics to normalise with, (2, C) float64, after the batch has moved them; and the planes' moments if known."""
-        running = self.running_mean, self.running_var
-        if not self.training:
-            return torch.stack(running).double(), None
+    def step(self, planes: Tensor, **second: Any) -> Tensor:
+        """A training pass over planes (samples, channels, space); ``second`` is of :func:`headway.kernels.planes.plane_step`."""
         if self.moving_speed == 0:
             raise RuntimeError(
                 "moving_speed is 0, so that the statistics would never move; set_moving_speed(model, 0.1) sets it"
             )
-        sync, moments = self._together(), plane_moments(planes.detach())
-        if planes.numel() == 0 and not sync:
-            return torch.stack(running).double(), moments
-        now = batch_statistics(moments, even_shares(planes, count_samples(planes, sync)), self.running_mean, sync)
-        moves = self._frozen == 0
-        if moves and self.num_batches_tracked is not None:
+        sync, moves = self._together(), self._frozen == 0
+        # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
+        if moves and self.num_batches_tracked is not None and (planes.numel() or sync):
             self.num_batches_tracked.add_(1)
-        return move_statistics(*running, now, self.moving_speed, moves), moments
+        y, _, _ = plane_step(
+            planes, self.weight, self.bias, (self.running_mean, self.running_var), self.moving_speed, moves=moves,
+            estimate=True, eps=self.eps, sync=sync, **second,
+        )  # fmt: skip
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        planes = _planes(x)
-        statistics, moments = self.estimate(planes)
-        y, _ = plane_norm(
-            planes, self.weight, self.bias, None, statistics, moments=_or_read(moments, planes), eps=self.eps
-        )
-        return y.reshape(x.shape)
+        if not self.training:
+            return by_running_statistics(x, self)
+        return self.step(_planes(x)).reshape(x.shape)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         released = state_dict.pop(f"{prefix}estbn_moving_speed", None)  # the released code keeps it as a buffer
@@ -128,11 +116,6 @@ class EstBatchNorm(RunningStatistics, _BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, moving_speed={self.moving_speed}, eps={self.eps}, affine={self.affine}"
-
-
-def _or_read(moments: Tensor | None, planes: Tensor) -> Tensor:
-    """The moments, or zeros: with given statistics and no second stage a plane's centre may be anything."""
-    return planes.new_zeros((2, *planes.shape[:2]), dtype=torch.float64) if moments is None else moments
 
 
 class EstBatchNorm1d(EstBatchNorm):
@@ -206,30 +189,42 @@ class BatchChannelNorm2d(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.num_channels:
             raise ValueError(f"the input must have the shape (N, {self.num_channels}, H, W); it has {tuple(x.shape)}")
         planes, first = _planes(x), self.batch
-        shares = statistics = moments = None
-        sync = bool(self.sync and isinstance(first, RunningStatistics) and first._together())
-        if isinstance(first, EstBatchNorm):
-            statistics, moments = first.estimate(planes)
-        elif first.training or first.running_mean is None:
-            if planes.shape[0] * planes.shape[2] == 1 and not sync:
-                raise ValueError(
-                    f"batch statistics need more than one value a channel in training; the input has the shape {tuple(x.shape)}: "
-                    "use estimate=True"
-                )
-            samples = count_samples(planes, sync)
-            shares = even_shares(planes, samples)
-            moments = plane_moments(planes.detach())
-            statistics = batch_statistics(moments, shares, None, sync)
-            # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
-            if isinstance(first, _BatchStage) and samples * planes.shape[2]:
-                first.move(statistics, samples * planes.shape[2])
-        else:
-            statistics = torch.stack([first.running_mean, first.running_var]).double()  # type: ignore[list-item]
-        y, _ = plane_norm(
-            planes, first.weight, first.bias, shares, statistics, moments=moments, groups=self.num_groups,
-            group_weight=self.group_weight, group_bias=self.group_bias, eps=first.eps, group_eps=self.eps, sync=sync,
-        )  # fmt: skip
+        second: Any = {
+            "groups": self.num_groups,
+            "group_weight": self.group_weight,
+            "group_bias": self.group_bias,
+            "group_eps": self.eps,
+        }
+        if isinstance(first, EstBatchNorm) and first.training:
+            return first.step(planes, **second).reshape(x.shape)
+        if not isinstance(first, EstBatchNorm) and (first.training or first.running_mean is None):
+            return self._batch_step(first, planes, second).reshape(x.shape)
+        statistics = torch.stack([first.running_mean, first.running_var]).double()  # type: ignore[list-item]
+        y, _ = plane_norm(planes, first.weight, first.bias, None, statistics, eps=first.eps, **second)
         return y.reshape(x.shape)
+
+    def _batch_step(self, first: _BatchNorm, planes: Tensor, second: dict[str, Any]) -> Tensor:
+        sync = bool(self.sync and isinstance(first, RunningStatistics) and first._together())
+        if planes.shape[0] * planes.shape[2] == 1 and not sync:
+            raise ValueError(
+                f"batch statistics need more than one value a channel in training; the planes have the shape {tuple(planes.shape)}: "
+                "use estimate=True"
+            )
+        running, rate = (None, None), first.momentum
+        if (
+            isinstance(first, _BatchStage)
+            and first.training
+            and not first._frozen
+            and first.num_batches_tracked is not None
+        ):
+            running = first.running_mean, first.running_var
+            if planes.numel() or sync:
+                first.num_batches_tracked.add_(1)
+            rate = rate if rate is not None else 1 / max(1, int(first.num_batches_tracked))
+        y, _, _ = plane_step(
+            planes, first.weight, first.bias, running, rate or 0.0, unbiased=True, eps=first.eps, sync=sync, **second
+        )
+        return y
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for key in list(state_dict):
@@ -247,15 +242,6 @@ class BatchChannelNorm2d(nn.Module):
 
 class _BatchStage(RunningStatistics, nn.BatchNorm2d):
     """Batch norm's parameters and running statistics, moved as batch norm moves them (the unbiased variance)."""
-
-    def move(self, statistics: Tensor, values: int) -> None:
-        if self.running_mean is None or self.running_var is None or self._frozen:
-            return
-        statistics = torch.stack([statistics[0], statistics[1] * (values / max(values - 1, 1))])
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        rate: Any = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.double()
-        move_statistics(self.running_mean, self.running_var, statistics, rate)
 
 
 def fitting_groups(channels: int, groups: int, strict: bool = True) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from headway.kernels.planes import together
 
@@ -45,3 +47,11 @@ class RunningStatistics(nn.Module):
     def _together(self) -> bool:
         """Whether this pass shares its sums with other processes; a single process needs no process group."""
         return together(self.sync)
+
+
+def by_running_statistics(x: Tensor, norm: _BatchNorm) -> Tensor:
+    """Batch norm's evaluation; parameters in half precision are taken in the type of the statistics."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    weight, bias = (p if p is None or p.dtype == mean.dtype else p.to(mean.dtype) for p in (norm.weight, norm.bias))
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)

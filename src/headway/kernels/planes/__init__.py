@@ -10,7 +10,9 @@ as batch norm alone does. :mod:`.reference` is the truth they are tested against
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ def _vector(like: Tensor, *shape: Any) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64)
 
 
-def _size(parameter: Tensor | None) -> Any:
-    return 0 if parameter is None else parameter.numel()
+def _gradient(like: Tensor, parameter: Tensor | None) -> Tensor:
+    dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
+    return like.new_empty(0 if parameter is None else parameter.numel(), dtype=dtype)
 
 
 _moments_op = define(
@@ -59,7 +62,32 @@ _backward_op = define(
     reference.plane_norm_backward,
     lambda gy, x, moments, statistics, shares, weight, bias, group_weight, group_bias, *_: (
         x.new_empty(x.shape),
-        *(_vector(x, _size(p)) for p in (weight, bias, group_weight, group_bias, shares)),
+        *(_gradient(x, p) for p in (weight, bias, group_weight, group_bias)),
+        _vector(x, 0 if shares is None else shares.numel()),
+    ),
+)
+_shares_op = define(
+    "task_shares(Tensor task_weight, Tensor task_ids, Tensor counts, int seen, bool renormalize) -> Tensor",
+    reference.task_shares,
+    lambda task_weight, task_ids, *_: _vector(task_weight, task_ids.numel()),
+)
+_shares_backward_op = define(
+    "task_shares_backward(Tensor gradient, Tensor task_weight, Tensor task_ids, Tensor counts, int seen, bool renormalize) -> Tensor",
+    reference.task_shares_backward,
+    lambda gradient, task_weight, *_: _gradient(task_weight, task_weight),
+)
+_step_op = define(
+    "plane_step(Tensor x, Tensor? weight, Tensor? bias, Tensor? group_weight, Tensor? group_bias, Tensor? task_weight, "
+    "Tensor? task_ids, Tensor? counts, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? kept_rate, float rate, "
+    "float decay, int seen, bool moves, bool estimate, bool unbiased, bool renormalize, int groups, float eps, float group_eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.plane_step,
+    lambda x, *_: (
+        x.new_empty(x.shape),
+        _vector(x, 2, *x.shape[:2]),
+        _vector(x, x.shape[0]),
+        _vector(x, 2, x.shape[1]),
+        _vector(x, 2, x.shape[1]),
     ),
 )
 
@@ -135,8 +163,66 @@ class _PlaneNorm(torch.autograd.Function):
                 grad_statistics, whole, *ctx.settings,
             )  # fmt: skip
         parameters = (weight, bias, group_weight, group_bias, shares)
-        cast = (None if p is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True))
-        return gx, *cast, *(None,) * 6
+        return gx, *_cast(grads, parameters), *(None,) * 6
+
+
+def _cast(grads: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the type of what they belong to."""
+    pairs = zip(grads, parameters, strict=True)
+    return [None if p is None else g if g.dtype == p.dtype else g.to(p.dtype) for g, p in pairs]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Of which of the ``seen`` tasks each sample is, and what makes their weights; the fields of AdaB2N's layer."""
+
+    weight: Tensor
+    ids: Tensor
+    counts: Tensor
+    seen: int
+    renormalize: bool = False
+
+    def shares(self) -> Tensor:
+        """(samples,) float64: how much each sample counts; differentiable in the weights."""
+        return reference.task_shares(self.weight, self.ids, self.counts, self.seen, self.renormalize)
+
+
+class _PlaneStep(torch.autograd.Function):
+    """A training step as one operator forward and one or two backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, group_weight, group_bias, omega, ids, counts, buffers, settings):
+        with below_autograd():
+            y, moments, shares, statistics, running = _step_op(
+                x, weight, bias, group_weight, group_bias, omega, ids, counts, *buffers, *settings
+            )
+        for buffer in buffers:  # what was saved of them for another backward has changed
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        _, _, seen, _, estimate, _, renormalize, *rest = settings
+        ctx.save_for_backward(
+            x, weight, bias, group_weight, group_bias, omega, ids, counts, moments, shares, statistics
+        )
+        ctx.tasks, ctx.settings, ctx.estimate = (seen, renormalize), rest, estimate
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(running, *((statistics,) if estimate else ()))
+        return y, statistics, running
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy, grad_statistics, _):  # type: ignore[override]
+        x, *parameters, omega, ids, counts, moments, shares, statistics = ctx.saved_tensors
+        with below_autograd():
+            gy = torch.zeros_like(x) if gy is None else gy if gy.dtype == x.dtype else gy.to(x.dtype)
+            gx, *grads, to_shares = _backward_op(
+                gy, x, moments, statistics, None if ctx.estimate else shares, *parameters, grad_statistics, None,
+                *ctx.settings,
+            )  # fmt: skip
+            to_omega = None
+            if omega is not None:
+                to_omega = _shares_backward_op(to_shares, omega, ids, counts, *ctx.tasks)
+                to_omega = to_omega if to_omega.dtype == omega.dtype else to_omega.to(omega.dtype)
+        return gx, *_cast(grads, parameters), to_omega, None, None, None, None
 
 
 def plane_moments(x: Tensor) -> Tensor:
@@ -212,3 +298,65 @@ def plane_norm(
         group_eps,
         sync,
     )  # type: ignore[return-value]
+
+
+def plane_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    rate: float | Tensor,
+    *,
+    decay: float | None = None,
+    moves: bool = True,
+    tasks: Tasks | None = None,
+    estimate: bool = False,
+    unbiased: bool = False,
+    groups: int = 0,
+    group_weight: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    group_eps: float = 1e-5,
+    sync: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A training step: the batch's statistics, the running values moved by them, and :func:`plane_norm`.
+
+    Args:
+        running: mean and variance (channels,), moved in place where ``moves``; None where none are kept.
+        rate, decay: as for :func:`move_statistics`.
+        tasks: weighs the samples; None: all alike.
+        estimate: normalise by the running values after they have moved, taken as constants, and take the variance around the
+            running mean as it was.
+        unbiased: move towards the unbiased variance.
+
+    Returns:
+        The output, the statistics that were used, (2, channels) float64, and the running values after the step, None if the batch is
+        empty or none are kept.
+    """
+    if not (sync or torch.compiler.is_compiling() or x.numel() == 0):
+        kept, share = (None, float(rate)) if decay is None else (rate, 0.0)
+        omega, ids, counts, seen, again = (
+            (None, None, None, 0, False)
+            if tasks is None
+            else (tasks.weight, tasks.ids, tasks.counts, tasks.seen, tasks.renormalize)
+        )
+        settings = share, decay or 0.0, seen, moves, estimate, unbiased, again, groups, eps, group_eps
+        y, statistics, after = _PlaneStep.apply(
+            x.contiguous(), weight, bias, group_weight, group_bias, omega, ids, counts, (*running, kept), settings
+        )  # type: ignore[misc]
+        return y, statistics, None if running[0] is None else after
+    samples = count_samples(x, sync)
+    shares, values = even_shares(x, samples) if tasks is None else tasks.shares(), samples * x.shape[2]
+    moments, after = plane_moments(x.detach()), None
+    used = batch_statistics(moments, shares.detach(), running[0] if estimate else None, sync)
+    # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
+    if running[0] is not None and running[1] is not None and values:
+        target = torch.stack([used[0], used[1] * (values / max(values - 1, 1))]) if unbiased else used
+        after = move_statistics(running[0], running[1], target, rate, moves, decay)
+    if estimate:
+        used = torch.stack(running).double() if after is None else after  # type: ignore[arg-type]
+    y, statistics = plane_norm(
+        x, weight, bias, None if estimate else shares, used, moments=moments, groups=groups, group_weight=group_weight,
+        group_bias=group_bias, eps=eps, group_eps=group_eps, sync=sync,
+    )  # fmt: skip
+    return y, statistics, after

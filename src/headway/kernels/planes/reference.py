@@ -66,9 +66,9 @@ def _spread(given: Tensor | None, channels: int, missing: float, like: Tensor) -
 
 
 def _gather(sums: Tensor, parameter: Tensor | None) -> Tensor:
-    if parameter is None:
-        return sums.new_zeros(0)
-    return sums.reshape(parameter.numel(), -1).sum(1) if parameter.numel() else sums.new_zeros(0)
+    if parameter is None or not parameter.numel():
+        return sums.new_zeros(0, dtype=torch.float32)
+    return sums.reshape(parameter.numel(), -1).sum(1).to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _stages(moments, statistics, weight, bias, groups, eps, group_eps) -> tuple[Tensor, ...]:
@@ -164,3 +164,48 @@ def plane_norm_backward(
         _gather(grad_offset, group_bias),
         grad_shares,
     )
+
+
+def task_shares(task_weight: Tensor, task_ids: Tensor, counts: Tensor, seen: int, renormalize: bool) -> Tensor:
+    """(samples,) float64: how much each sample counts where the ``seen`` tasks weigh exp(task_weight) + counts."""
+    omega, n = task_weight[:seen].double(), counts[:seen].double()
+    top = omega.detach().amax().clamp(min=0)  # weights of any size without overflow
+    pi = (omega - top).exp() + n * (-top).exp()
+    if renormalize:
+        pi = pi * (n > 0)
+    return (pi / pi.sum() / n.clamp(min=1))[task_ids]
+
+
+def task_shares_backward(
+    gradient: Tensor, task_weight: Tensor, task_ids: Tensor, counts: Tensor, seen: int, renormalize: bool
+) -> Tensor:
+    """Gradient of the task weights."""
+    with torch.enable_grad():
+        leaf = task_weight.detach().clone().requires_grad_()
+        shares = task_shares(leaf, task_ids, counts, seen, renormalize)
+        (found,) = torch.autograd.grad(shares, leaf, gradient)
+    return found.to(torch.promote_types(task_weight.dtype, torch.float32))
+
+
+def plane_step(
+    x, weight, bias, group_weight, group_bias, task_weight, task_ids, counts, running_mean, running_var, kept_rate,
+    rate: float, decay: float, seen: int, moves: bool, estimate: bool, unbiased: bool, renormalize: bool,
+    groups: int, eps: float, group_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One training step: the output, the planes' moments, the samples' shares, the statistics that were used, and the running values
+    after they have moved (the batch's statistics where there are none)."""
+    samples, values = x.shape[0], x.shape[0] * x.shape[2]
+    if task_weight is None:
+        shares = x.new_full((samples,), 1 / max(1, samples), dtype=torch.float64)
+    else:
+        shares = task_shares(task_weight, task_ids, counts, seen, renormalize)
+    moments = plane_moments(x)
+    statistics = plane_statistics(moments, shares, running_mean if estimate else None)
+    running = statistics.clone()
+    if running_mean is not None:
+        target = torch.stack([statistics[0], statistics[1] * (values / max(values - 1, 1))]) if unbiased else statistics
+        running = move_statistics(running_mean, running_var, kept_rate, target, rate, decay, moves)
+    if estimate:
+        statistics = running.clone()
+    y = plane_norm(x, moments, statistics, weight, bias, group_weight, group_bias, groups, eps, group_eps)
+    return y, moments, shares, statistics, running
