@@ -19,6 +19,7 @@ _NAMES = {
     "BNNPrior": "headway.tabular.pfn",
     "TabularPrior": "headway.tabular.pfn",
     "FunctionPrior": "headway.tabular.pfn",
+    "center_encoders_": "headway.tabular.pfn",
     "train_pfn": "headway.tabular.pfn",
     "PFNRegressor": "headway.tabular.pfn",
     "PFNClassifier": "headway.tabular.pfn",

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from sklearn.datasets import make_regression
 
 from headway.tabular import PFN, BNNPrior, FunctionPrior, GaussianHead, GPHyperPrior, GPPrior, TabularPrior, train_pfn
 from headway.tabular.pfn.priors import cholesky, kernel_matrix
-from headway.tabular.pfn.training import Draws, draw_context_size, learning_rate_factor
+from headway.tabular.pfn.training import Draws, center_encoders_, draw_context_size, learning_rate_factor
 
 
 def generator(seed=0):
@@ -113,6 +114,37 @@ def test_ranks_draw_other_data_but_the_same_context_size():
     assert len(sizes) > 2
 
 
+def test_a_number_of_queries_stands_beside_every_context_size_alike():
+    draws = Draws(GPPrior(), 1, 5, 1, seed=0, queries=7)
+    sizes = torch.tensor([draws[step][0].shape[1] for step in range(1000)])
+    assert all(draws[step][2].shape == (1, 7, 1) for step in range(8))
+    counts = torch.bincount(sizes, minlength=5)
+    # the 0.999 quantile of chi-square with 4 degrees of freedom
+    assert len(counts) == 5 and ((counts - 200.0) ** 2 / 200).sum() < 18.47
+    history = train_pfn(tiny(), GPPrior(), 5, 4, 5, 1e-3, queries=7)
+    assert history["context"] == sizes[:5].tolist()
+
+
+def test_centred_encoders_begin_as_if_the_prior_had_mean_0_and_deviation_1():
+    prior, g = GPPrior(amplitude=9.0), generator()
+    model = PFN(3, GaussianHead(), 16, 1, 2)
+    before = copy.deepcopy(model)
+    assert center_encoders_(model, prior) is model
+    x, y = prior(500, 40, 3, g)
+    for new, old, rows in ((model.enc_x, before.enc_x, x.flatten(0, 1)), (model.enc_y, before.enc_y, y.reshape(-1, 1))):
+        white = (rows - rows.mean(0)) / rows.std(0)
+        torch.testing.assert_close(new(rows), old(white), rtol=0.1, atol=0.1)
+    standardised = PFN(3, GaussianHead(), 16, 1, 2, standardize=True)
+    kept = copy.deepcopy(standardised.state_dict())
+    center_encoders_(standardised, prior)
+    assert all(torch.equal(value, kept[name]) for name, value in standardised.state_dict().items())
+    # a feature that never varies, and fewer features than the network takes
+    flat = center_encoders_(
+        PFN(3, GaussianHead(), 16, 1, 2), FunctionPrior(lambda b, n, f, g: (torch.ones(b, n, 2), torch.ones(b, n)))
+    )
+    assert all(p.isfinite().all() for p in flat.parameters())
+
+
 def test_warm_up_then_cosine_to_zero():
     factors = [learning_rate_factor(i / 100) for i in range(101)]
     assert factors[0] == 0 and factors[25] == 1 and factors[-1] == pytest.approx(0, abs=1e-12)
@@ -142,6 +174,8 @@ def test_bf16_and_a_wrapped_model_train():
 def test_senseless_training_is_refused():
     with pytest.raises(ValueError, match="positive"):
         train_pfn(tiny(), GPPrior(), 0)
+    with pytest.raises(ValueError, match="positive"):
+        train_pfn(tiny(), GPPrior(), 1, queries=0)
     with pytest.raises(ValueError, match="trains a PFN"):
         train_pfn(torch.nn.Linear(1, 1), GPPrior(), 1)
     with pytest.raises(FloatingPointError, match="smaller lr"):

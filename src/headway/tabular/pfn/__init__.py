@@ -10,7 +10,8 @@ number is a histogram with half-normal tails (:class:`BarDistribution`), whose m
 
     head = hw.tabular.BarDistribution.from_samples(y_of_the_prior, 100)
     model = hw.tabular.PFN(1, head, width=96, layers=4)
-    hw.tabular.train_pfn(model, hw.tabular.GPPrior(), steps=2500, seq_len=25)
+    prior = hw.tabular.GPPrior()
+    hw.tabular.train_pfn(hw.tabular.center_encoders_(model, prior), prior, steps=2500, seq_len=25, queries=24, lr=3e-3)
     mean, std = hw.tabular.PFNRegressor(model).fit(X, y).predict(X_new, return_std=True)
 
 Reach for it where one prior serves many small problems (Bayesian optimisation, calibrated regression, small tables), or where the prior
@@ -33,6 +34,7 @@ _NAMES = {
     "BNNPrior": "headway.tabular.pfn.networks_prior",
     "TabularPrior": "headway.tabular.pfn.networks_prior",
     "FunctionPrior": "headway.tabular.pfn.priors",
+    "center_encoders_": "headway.tabular.pfn.training",
     "train_pfn": "headway.tabular.pfn.training",
     "PFNRegressor": "headway.tabular.pfn.estimators",
     "PFNClassifier": "headway.tabular.pfn.estimators",
