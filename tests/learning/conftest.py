@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 _HERE = str(Path(__file__).parent)
 
@@ -46,8 +47,10 @@ class Child:
 
 @pytest.fixture
 def child(nets):
-    """Starts real serving processes fast, and ends them whatever becomes of the test."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    """Starts real serving processes fast, and ends them whatever becomes of the test. One thread on both sides: another number
+    would add in another order."""
+    before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+    torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -62,5 +65,6 @@ def child(nets):
     yield start
     for one in children:
         one.kill()
+    torch.set_num_threads(threads)
     if before is None:
         del os.environ["OMP_NUM_THREADS"]
