@@ -53,6 +53,7 @@ _NAMES = {
     "MicroBatch": "headway.norms.microbatch",
     "AdaB2N": "headway.norms.balancing",
     "RegionNorm": "headway.norms.region_convert",
+    "ReplaceAdaIN": "headway.norms.adain",
     # rooms
     "norms": "headway.norms:",
     "optim": "headway.optim:",

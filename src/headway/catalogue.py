@@ -300,6 +300,17 @@ _METHODS = [
         "fine-tune with half a percent of the parameters: many tasks on one frozen network, half the memory of training",
         "headway.learning.batchnorm_only",
     ),
+    Method(
+        "gdwct",
+        "Group-wise whitening and colouring (GDWCT)",
+        "Image-to-Image Translation via Group-wise Deep Whitening-and-Coloring Transformation",
+        2019,
+        "1812.09912",
+        "headway.norms.adain:ReplaceAdaIN",
+        "AdaIN modules: an instance norm and linear layers, called with content and style",
+        "style transfer and translation by exemplar where correlations between channels carry the style",
+        "headway.norms.whitening",
+    ),
 ]
 _BY_KEY = {method.key: method for method in _METHODS}
 

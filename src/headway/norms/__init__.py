@@ -7,6 +7,8 @@ _BATCH_CHANNEL = "headway.norms.batch_channel"
 _RECURRENT = "headway.norms.recurrent"
 _EVO = "headway.norms.evo"
 _REGION = "headway.norms.region"
+_WHITENING = "headway.norms.whitening"
+_ADAIN = "headway.norms.adain"
 _NAMES = {
     "LayerNorm": "headway.norms.layer",
     "RMSNorm": "headway.norms.rms",
@@ -64,5 +66,18 @@ _NAMES = {
     "LayerNormGRUCell": _RECURRENT,
     "LayerNormRNNCell": _RECURRENT,
     "LayerNormRecurrent": _RECURRENT,
+    "GDWCT": _WHITENING,
+    "GDWCTTerms": _WHITENING,
+    "group_covariance": _WHITENING,
+    "group_whitening_penalty": _WHITENING,
+    "group_coloring": _WHITENING,
+    "coloring_factors": _WHITENING,
+    "exact_group_wct": _WHITENING,
+    "project_alpha": _WHITENING,
+    "AdaIN": _ADAIN,
+    "DropInGDWCT": _ADAIN,
+    "ReplaceAdaIN": _ADAIN,
+    "replace_adain": _ADAIN,
+    "record_terms": _ADAIN,
 }
 __getattr__, __dir__, __all__ = _attach(__name__, _NAMES)
