@@ -331,7 +331,7 @@ def test_settings_that_do_not_fit_are_met_with_a_sentence():
         (lambda: coloring_penalty(torch.eye(2), "mean"), '"paper" or "released"'),
         (lambda: exact_group_wct(x, x[:1]), "the same B and C"),
         (lambda: exact_group_wct(x, x[..., :1, :1]), "two positions"),
-        (lambda: GDWCT(4, 4, 2, stats="instance")(x[..., :1, :1], torch.randn(2, 4)), "two positions"),
+        (lambda: GDWCT(4, 4, 4, stats="instance")(x[..., :1, :1], torch.randn(2, 4)), "two positions"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

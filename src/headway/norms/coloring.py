@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from headway.kernels.blocks import block_gram, block_product
+
 ColoringTarget = Literal["paper", "released"]
 _TINY = 1e-8
 
@@ -62,7 +64,7 @@ def blocked(x: Tensor, groups: int) -> Tensor:
 def pooled_covariance(z: Tensor, groups: int, count: int, eps: float, sync: bool = False) -> Tensor:
     """(G, n, n) of centred features (B, C, P)."""
     blocks, n = blocked(z, groups), z.shape[1] // groups
-    products = torch.bmm(blocks, blocks.mT).view(-1, groups, n, n).sum(0)
+    products = block_gram(blocks).view(-1, groups, n, n).sum(0)
     if sync:
         products = Everywhere.apply(products)
     return products / (count - 1) + eps * torch.eye(n, dtype=z.dtype, device=z.device)  # type: ignore[operator]
@@ -150,7 +152,7 @@ def group_coloring(z: Tensor, K: Tensor) -> Tensor:
         raise ValueError(f"K is (B, G, n, n) for z (B, G n, *space); they are {tuple(K.shape)} and {tuple(z.shape)}")
     with full_precision(z):
         X = coloring_matrix(K, coloring_factors(K)[0]).to(z.dtype).flatten(0, 1)
-        return torch.bmm(X, blocked(z.flatten(2), K.shape[1])).reshape(z.shape)
+        return block_product(X, blocked(z.flatten(2), K.shape[1])).reshape(z.shape)
 
 
 def exact_group_wct(content: Tensor, style_feat: Tensor, groups: int = 1, eps: float = 1e-5) -> Tensor:
@@ -176,7 +178,7 @@ def exact_group_wct(content: Tensor, style_feat: Tensor, groups: int = 1, eps: f
     with full_precision(content):
         z, _, whiten = _root(content, groups, lambda values: (values.clamp(min=0) + eps).rsqrt())
         _, mean, color = _root(style_feat, groups, lambda values: values.clamp(min=0).sqrt())
-        y = torch.bmm(color @ whiten, z).view(*content.shape[:2], -1) + mean
+        y = block_product(color @ whiten, z).view(*content.shape[:2], -1) + mean
         return y.reshape(content.shape).to(content.dtype)
 
 
@@ -185,5 +187,5 @@ def _root(x: Tensor, groups: int, of_values: Any) -> tuple[Tensor, Tensor, Tenso
     x = wide(x).flatten(2)
     mean = x.mean(2, keepdim=True)
     z = blocked(x - mean, groups)
-    values, vectors = torch.linalg.eigh(torch.bmm(z, z.mT) / (enough_positions(x.shape[2], x[:1]) - 1))
+    values, vectors = torch.linalg.eigh(block_gram(z) / (enough_positions(x.shape[2], x[:1]) - 1))
     return z, mean, vectors * of_values(values).unsqueeze(-2) @ vectors.mT

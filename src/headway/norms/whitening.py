@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headway.kernels.blocks import block_product
 from headway.kernels.planes import together
 from headway.norms.coloring import (
     ColoringTarget,
@@ -101,10 +102,11 @@ def group_wct(
         z, mean, count = _centred(x, stats, several)
         U, _ = coloring_factors(K)
         cov = pooled_covariance(z, groups, count, eps, several)
-        # y = c + alpha ((X - I) z + mu - mean): one product into one pass over c, and exactly c where alpha is 0
+        # y = c + alpha ((X - I) z + mu - mean): one product, and exactly c where alpha is 0
         change = alpha * (coloring_matrix(K, U) - torch.eye(n, dtype=U.dtype, device=U.device))
-        y = blocked(x + (alpha * (wide(mu)[..., None] - mean)).to(x.dtype), groups)
-        y = y.baddbmm_(change.to(x.dtype).flatten(0, 1), blocked(z.to(x.dtype), groups))
+        shift = (alpha * (wide(mu)[..., None] - mean)).to(x.dtype)
+        product = block_product(change.to(x.dtype).flatten(0, 1), blocked(z.to(x.dtype), groups))
+        y = product.view(x.shape).add_(x).add_(shift)
     return y.view(content.shape), GDWCTTerms(cov, U)
 
 
