@@ -6,6 +6,7 @@ import copy
 import os
 import statistics
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def _inference(quick: bool) -> list[Evidence]:
     ]
 
 
-def _allocated(model: nn.Module, x: Tensor) -> tuple[int, int]:
+def _allocated(model: Callable[[Tensor], object], x: Tensor) -> tuple[int, int]:
     """Bytes allocated in one forward: the highest level, and all together."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would tell of every start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -29,8 +29,9 @@ from headway.surgery import Site, Technique, Where, apply
 class AdaIN(nn.Module):
     """Adaptive instance norm: y = (1 + gamma(s)) (c - mean) / sqrt(var + eps) + beta(s), by channel of each image.
 
-    The baseline of :class:`headway.norms.GDWCT`, with the same network behind its numbers ("Arbitrary Style Transfer in Real-time with
-    Adaptive Instance Normalization", Huang and Belongie, 2017, arXiv 1703.06868).
+    The baseline of :class:`headway.norms.GDWCT`, with such a network behind its numbers: ``blocks`` hidden layers of ``mlp_dim``, as many
+    as the style has numbers if None ("Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization", Huang and Belongie,
+    2017, arXiv 1703.06868).
 
     Shapes:
         content (B, C, H, W), style (B, style_dim) or (B, style_dim, 1, 1); output (B, C, H, W).
@@ -39,11 +40,13 @@ class AdaIN(nn.Module):
         ValueError: inputs of other shapes.
     """
 
-    def __init__(self, num_features: int, style_dim: int, blocks: int = 1, eps: float = 1e-5) -> None:
+    def __init__(
+        self, num_features: int, style_dim: int, mlp_dim: int | None = None, blocks: int = 1, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.num_features, self.style_dim = num_features, style_dim
         self.norm = nn.InstanceNorm2d(num_features, eps)
-        self.net = mlp(style_dim, style_dim, blocks, 2 * num_features)
+        self.net = mlp(style_dim, style_dim if mlp_dim is None else mlp_dim, blocks, 2 * num_features)
 
     def forward(self, content: Tensor, style: Tensor) -> Tensor:
         if content.dim() != 4 or content.shape[1] != self.num_features or style.shape[:2].numel() != style.numel():

@@ -33,6 +33,7 @@ _BUILT_IN = {
     "digits-incremental": "headway.tasks.incremental:DigitsIncremental",
     "digits-microbatch": "headway.tasks.microbatch:DigitsMicroBatch",
     "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
+    "digits-translation": "headway.tasks.translation:DigitsTranslation",
     "mnist": "headway.tasks.digits:MNIST",
     "cifar": "headway.tasks.digits:CIFAR",
     "table": "headway.tasks.tables:Table",
