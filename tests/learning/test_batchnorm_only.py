@@ -20,8 +20,15 @@ from headway.learning import (
     random_parameter_control,
     train_only_norm,
 )
-from headway.learning.batchnorm_only.layers import Frozen, _fits, frozen_conv, kin
+from headway.learning.batchnorm_only import layers
+from headway.learning.batchnorm_only.layers import Frozen, frozen_conv, kin
 from headway.signals.saved import SavedBytes
+
+
+@pytest.fixture(autouse=True)
+def _fused_whatever_the_size(monkeypatch):
+    """Small tensors go the way of large ones here."""
+    monkeypatch.setattr(layers, "_LEAST_NUMBERS", 0)
 
 
 class Plain(nn.Module):
@@ -228,7 +235,7 @@ def test_oracle_4_gradcheck_through_frozen_convolution_and_batch_norm():
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU()).double()
     hw.apply(model, BatchNormOnly())
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert _fits(model[1], model[0](x)), "the fused batch norm is what is to be checked"
+    assert layers._fits(model[1], model[0](x)), "the fused batch norm is what is to be checked"
 
     def call(x, gamma, beta):
         return torch.func.functional_call(model, {"1.weight": gamma, "1.bias": beta}, (x,))
@@ -535,3 +542,32 @@ def test_the_function_itself_takes_single_samples_and_vmap():
     torch.testing.assert_close(torch.stack([call(one) for one in x]), call(x))
     torch.testing.assert_close(torch.vmap(call)(x), call(x))
     assert torch.autograd.gradgradcheck(call, (x,))
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        model = hw.apply(net(1), BatchNormOnly())
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1, momentum=0.9)
+        for step in range(2):
+            x, y = (part[rank::2] for part in batch(seed=step))
+            optimizer.zero_grad()
+            F.cross_entropy(parallel(x), y).backward()
+            optimizer.step()
+        sizes = sum(int(n) for n in parallel._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+        torch.save({"state": model.state_dict(), "bytes": sizes}, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_gradients_of_gains_and_shifts_alone(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    start = net(1)
+    trained = {name for name, p in hw.apply(start, BatchNormOnly()).named_parameters() if p.requires_grad}
+    assert ranks[0]["bytes"] == 8 * sum(start.get_parameter(name).numel() for name in trained)
+    for name, p in start.named_parameters():
+        mine, other = (r["state"][name] for r in ranks)
+        assert torch.equal(mine, other) and torch.equal(mine, p) == (name not in trained), name

@@ -12,6 +12,7 @@ _NAMES = {
     "Digits": "headway.tasks.digits",
     "DigitsViT": "headway.tasks.digits",
     "DigitsRelabelled": "headway.tasks.relabelled",
+    "DigitsRandomFeatures": "headway.tasks.random_features",
     "DigitsBlocks": "headway.tasks.blocks",
     "DigitsDiffusion": "headway.tasks.diffusion",
     "MNIST": "headway.tasks.digits",

@@ -31,6 +31,7 @@ _BUILT_IN = {
     "prior-fitted-regression": "headway.tasks.prior_fitted:PriorFittedRegression",
     "digits-diffusion": "headway.tasks.diffusion:DigitsDiffusion",
     "digits-incremental": "headway.tasks.incremental:DigitsIncremental",
+    "digits-random-features": "headway.tasks.random_features:DigitsRandomFeatures",
     "digits-microbatch": "headway.tasks.microbatch:DigitsMicroBatch",
     "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
     "digits-translation": "headway.tasks.translation:DigitsTranslation",

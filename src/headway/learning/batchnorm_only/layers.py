@@ -25,7 +25,8 @@ from headway.kernels.relu import relu_bits
 from headway.surgery import Edit
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LEAST_SPACE = 8  # positions of a channel from which the fused batch norm is worth its loops over planes
+# positions of a channel, and entries in all, from which the fused batch norm is worth its loops over planes
+_LEAST_SPACE, _LEAST_NUMBERS = 8, 1 << 17
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -185,7 +186,8 @@ def _fits(norm: Any, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):  # type: ignore[attr-defined]
         return False
-    return x[0, 0].numel() >= _LEAST_SPACE and load("planes") and needs_grad(x, norm.weight, norm.bias)
+    large = x.numel() >= _LEAST_NUMBERS and x[0, 0].numel() >= _LEAST_SPACE
+    return large and load("planes") and needs_grad(x, norm.weight, norm.bias)
 
 
 class Become(Edit):
