@@ -206,6 +206,7 @@ def test_updates_are_taken_in_their_order_and_only_whole(nets):
     before = {name: t.clone() for name, t in travelling(edge.model).items()}
     edge.offer(first)
     edge.offer(first)  # the same again is no harm
+    assert edge.stats.updates == 1
     assert all(torch.equal(t, before[name]) for name, t in travelling(edge.model).items())  # only between batches
     edge.offer(second)
     edge.infer(nets.stream(1)[0])
@@ -214,6 +215,18 @@ def test_updates_are_taken_in_their_order_and_only_whole(nets):
     with pytest.raises(Refused, match="not newer"):
         edge.offer(first)
     assert edge.stats.updates == 2 and edge.stats.version == 2
+
+
+def test_an_update_that_begins_earlier_than_what_is_here_is_taken_too(nets):
+    """Two questions were under way at once, and the later one was answered first."""
+    (first, _), deployment = updates(nets)
+    edge = EdgeModel(nets.edge(), thresholds=EntropyThreshold(4))
+    edge.begin((deployment.epoch, 0))
+    edge.offer(first)
+    edge.offer(deployment.published.message((deployment.epoch, 0)))
+    edge.settle()
+    now = deployment.published.tensors
+    assert all(torch.equal(t, now[name]) for name, t in travelling(edge.model).items())
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,11 @@ class EdgeModel:
                 self._running -= 1
                 self._turn.notify_all()
         with self._turn:
-            mask = self._choose(logits)
-        return logits, rows(samples, mask.to(next(iter(samples.values())).device)) if mask.any() else None
+            chosen = self._choose(logits).nonzero()[:, 0]
+            self.stats.selected += len(chosen)
+        if not len(chosen):
+            return logits, None
+        return logits, rows(samples, chosen.to(next(iter(samples.values())).device))
 
     def settle(self) -> None:
         """Copies an update that lies ready into the model, while no forward pass runs; those that come meanwhile wait for it."""
@@ -153,19 +156,22 @@ class EdgeModel:
                 f"the model tells {logits.shape[1]} classes apart and the thresholds {self.thresholds.num_classes}; make both equal"
             )
         self.classes = logits.shape[1]
-        finite = torch.isfinite(logits).all(1)
-        entropies = entropy(logits)
-        self.thresholds.update(entropies[finite])
+        finite, entropies, before = torch.isfinite(logits).all(1), entropy(logits), self.thresholds.total
+        all_finite = bool(finite.all())
+        self.thresholds.update(entropies if all_finite else entropies[finite])
         if self.select is not None:
-            mask = finite & self.select.mask(logits)
+            mask = self.select.mask(logits)
         else:
-            mask = finite & self.thresholds.mask(entropies)
-            if self.redundancy is not None:
-                mask[mask.clone()] = self.redundancy.mask(logits[mask])
+            mask = self.thresholds.mask(entropies)
+        if not all_finite:
+            mask = mask & finite
+            self.stats.not_finite += int((~finite).sum())
+        if self.redundancy is not None and self.select is None:
+            mask[mask.clone()] = self.redundancy.mask(logits[mask])
         self.stats.samples += len(logits)
-        self.stats.not_finite += int((~finite).sum())
-        self.stats.selected += int(mask.sum())
-        self._guard(logits[finite], entropies[finite])
+        if self.guard_window:
+            predictions = logits.argmax(1)
+            self._guard(predictions if all_finite else predictions[finite], self.thresholds.total - before)
         return mask
 
     # --- updates
@@ -193,7 +199,7 @@ class EdgeModel:
                 return
             if self.rolled_back or moment < self._not_before or (self.moment is not None and moment < self.moment):
                 raise self._refuse(f"update {moment} is not newer than {self.moment}")
-            if not full and self.moment != (moment[0], since):
+            if not full and (self.moment is None or self.moment[0] != moment[0] or self.moment[1] < since):
                 raise self._refuse(f"update {moment} builds on version {since}, and {self.moment} is here")
             candidate = self._checked({**({} if full else self.held), **tensors})
             if update_checksum(*moment, candidate) != crc:
@@ -234,17 +240,16 @@ class EdgeModel:
     # --- the way back
 
     def _reset_window(self) -> None:
-        self._window, self._window_entropy, self._window_classes = 0, 0.0, torch.zeros(0)
+        self._window, self._window_entropy, self._window_predictions = 0, 0.0, []
 
-    def _guard(self, logits: Tensor, entropies: Tensor) -> None:
-        if not self.guard_window or not len(logits):
-            return
-        counts = torch.bincount(logits.argmax(1).cpu(), minlength=logits.shape[1]).double()
-        self._window_classes = counts + (self._window_classes if len(self._window_classes) else 0)
-        self._window, self._window_entropy = self._window + len(logits), self._window_entropy + float(entropies.sum())
+    def _guard(self, predictions: Tensor, entropies: float) -> None:
+        """Looks at a window once it is full; until then its predictions and the sum of its entropies are kept."""
+        self._window_predictions.append(predictions)
+        self._window, self._window_entropy = self._window + len(predictions), self._window_entropy + entropies
         if self._window < self.guard_window:
             return
-        mean, share = self._window_entropy / self._window, float(self._window_classes.max()) / self._window
+        counts = torch.bincount(torch.cat(self._window_predictions))
+        mean, share = self._window_entropy / self._window, float(counts.max()) / self._window
         self._reset_window()
         if self.held is self.source or self.thresholds is None:  # these are the source parameters already
             return

@@ -86,9 +86,12 @@ class EntropyThreshold:
     def update(self, entropies: Tensor) -> None:
         """Counts the entropies (n,) of a whole batch, before any of it is dropped. What is not finite is not counted."""
         counted = entropies.detach().double()
-        counted = counted[torch.isfinite(counted)]
+        total = float(counted.sum())
+        if not math.isfinite(total):
+            counted = counted[torch.isfinite(counted)]
+            total = float(counted.sum())
         self.seen += counted.numel()
-        self.total += float(counted.sum())
+        self.total += total
         if self.warmup is not None and self.warm_mean is None and self.seen >= self.warmup:
             self.warm_mean = self.mean
 
