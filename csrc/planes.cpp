@@ -324,8 +324,9 @@ Tensor task_shares_backward(const Tensor& gradient, const Tensor& task_weight, c
 }
 
 // one training step: statistics of the batch by the shares of its tasks (or of all samples alike), running values moved by them, and
-// the norm by the batch's statistics or, where they are estimates, by the running values after they have moved
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plane_step(
+// the norm by the batch's statistics or, where they are estimates, by the running values after they have moved; last, how far the two
+// are apart, squared and averaged over the channels
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plane_step(
     const Tensor& given, const Maybe& weight, const Maybe& bias, const Maybe& group_weight, const Maybe& group_bias,
     const Maybe& task_weight, const Maybe& ids, const Maybe& counts, const Maybe& running_mean, const Maybe& running_var,
     const Maybe& kept_rate, double rate, double decay, int64_t seen, bool moves, bool estimate, bool unbiased, bool renormalize,
@@ -357,7 +358,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plane_step(
   }
   if (estimate) std::copy_n(data<double>(running), 2 * K, data<double>(statistics));
   const Tensor y = plane_norm(x, moments, statistics, weight, bias, group_weight, group_bias, groups, eps, group_eps);
-  return {y, moments, shares, statistics, running};
+  Tensor distance = doubles({});
+  double sum = 0;
+  for (int64_t i = 0; i < 2 * K; i++) {
+    const double d = data<double>(statistics)[i] - data<double>(running)[i];
+    sum += d * d;
+  }
+  *data<double>(distance) = sum / double(std::max<int64_t>(1, K));
+  return {y, moments, shares, statistics, running, distance};
 }
 }  // namespace
 

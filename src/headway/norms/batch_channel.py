@@ -96,7 +96,7 @@ class EstBatchNorm(RunningStatistics, _BatchNorm):
         # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
         if moves and self.num_batches_tracked is not None and (planes.numel() or sync):
             self.num_batches_tracked.add_(1)
-        y, _, _ = plane_step(
+        y, *_ = plane_step(
             planes, self.weight, self.bias, (self.running_mean, self.running_var), self.moving_speed, moves=moves,
             estimate=True, eps=self.eps, sync=sync, **second,
         )  # fmt: skip
@@ -221,7 +221,7 @@ class BatchChannelNorm2d(nn.Module):
             if planes.numel() or sync:
                 first.num_batches_tracked.add_(1)
             rate = rate if rate is not None else 1 / max(1, int(first.num_batches_tracked))
-        y, _, _ = plane_step(
+        y, *_ = plane_step(
             planes, first.weight, first.bias, running, rate or 0.0, unbiased=True, eps=first.eps, sync=sync, **second
         )
         return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from headway.kernels.planes import together
 class RunningStatistics(nn.Module):
     """A module whose floating point buffers stay float32 or wider and whose training passes can be told to move none of them.
 
-    ``sync``: whether the statistics are those of all processes of the default group.
+    ``sync``: whether the statistics are those of all processes of the default group. ``exact``: buffers that keep their type whatever
+    the module is cast to.
     """
 
     sync: bool = False
+    exact: ClassVar[tuple[str, ...]] = ()
     _frozen: int = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -27,7 +29,9 @@ class RunningStatistics(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():  # model.half() leaves the statistics in float32
             new = self._buffers[name]
-            if old is not None and new is not None and new.is_floating_point() and new.dtype.itemsize < 4:
+            if old is None or new is None or not new.is_floating_point() or new.dtype == old.dtype:
+                continue
+            if new.dtype.itemsize < 4 or name in self.exact:
                 self._buffers[name] = old.to(new.device)
         return self
 

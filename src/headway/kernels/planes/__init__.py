@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -80,7 +81,7 @@ _step_op = define(
     "plane_step(Tensor x, Tensor? weight, Tensor? bias, Tensor? group_weight, Tensor? group_bias, Tensor? task_weight, "
     "Tensor? task_ids, Tensor? counts, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? kept_rate, float rate, "
     "float decay, int seen, bool moves, bool estimate, bool unbiased, bool renormalize, int groups, float eps, float group_eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.plane_step,
     lambda x, *_: (
         x.new_empty(x.shape),
@@ -88,6 +89,7 @@ _step_op = define(
         _vector(x, x.shape[0]),
         _vector(x, 2, x.shape[1]),
         _vector(x, 2, x.shape[1]),
+        _vector(x),
     ),
 )
 
@@ -193,7 +195,7 @@ class _PlaneStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group_weight, group_bias, omega, ids, counts, buffers, settings):
         with below_autograd():
-            y, moments, shares, statistics, running = _step_op(
+            y, moments, shares, statistics, running, distance = _step_op(
                 x, weight, bias, group_weight, group_bias, omega, ids, counts, *buffers, *settings
             )
         for buffer in buffers:  # what was saved of them for another backward has changed
@@ -201,18 +203,21 @@ class _PlaneStep(torch.autograd.Function):
                 torch.autograd.graph.increment_version(buffer)
         _, _, seen, _, estimate, _, renormalize, *rest = settings
         ctx.save_for_backward(
-            x, weight, bias, group_weight, group_bias, omega, ids, counts, moments, shares, statistics
+            x, weight, bias, group_weight, group_bias, omega, ids, counts, moments, shares, statistics, running
         )
         ctx.tasks, ctx.settings, ctx.estimate = (seen, renormalize), rest, estimate
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(running, *((statistics,) if estimate else ()))
-        return y, statistics, running
+        ctx.mark_non_differentiable(running, *((statistics, distance) if estimate else ()))
+        return y, statistics, running, distance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gy, grad_statistics, _):  # type: ignore[override]
-        x, *parameters, omega, ids, counts, moments, shares, statistics = ctx.saved_tensors
+    def backward(ctx, gy, grad_statistics, _, grad_distance):  # type: ignore[override]
+        x, *parameters, omega, ids, counts, moments, shares, statistics, running = ctx.saved_tensors
         with below_autograd():
+            if grad_distance is not None:  # the running values count as constants
+                away = (statistics - running) * (grad_distance * (2 / statistics.shape[1]))
+                grad_statistics = away if grad_statistics is None else grad_statistics + away
             gy = torch.zeros_like(x) if gy is None else gy if gy.dtype == x.dtype else gy.to(x.dtype)
             gx, *grads, to_shares = _backward_op(
                 gy, x, moments, statistics, None if ctx.estimate else shares, *parameters, grad_statistics, None,
@@ -318,7 +323,7 @@ def plane_step(
     eps: float = 1e-5,
     group_eps: float = 1e-5,
     sync: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A training step: the batch's statistics, the running values moved by them, and :func:`plane_norm`.
 
     Args:
@@ -330,8 +335,9 @@ def plane_step(
         unbiased: move towards the unbiased variance.
 
     Returns:
-        The output, the statistics that were used, (2, channels) float64, and the running values after the step, None if the batch is
-        empty or none are kept.
+        The output, the statistics that were used, (2, channels) float64, the running values after the step, and the squared distance of
+        the two, mean and variance each averaged over the channels, with the running values as constants. The last two are None if
+        the batch is empty or no values are kept.
     """
     if not (sync or torch.compiler.is_compiling() or x.numel() == 0):
         kept, share = (None, float(rate)) if decay is None else (rate, 0.0)
@@ -341,10 +347,10 @@ def plane_step(
             else (tasks.weight, tasks.ids, tasks.counts, tasks.seen, tasks.renormalize)
         )
         settings = share, decay or 0.0, seen, moves, estimate, unbiased, again, groups, eps, group_eps
-        y, statistics, after = _PlaneStep.apply(
+        y, statistics, after, distance = _PlaneStep.apply(
             x.contiguous(), weight, bias, group_weight, group_bias, omega, ids, counts, (*running, kept), settings
         )  # type: ignore[misc]
-        return y, statistics, None if running[0] is None else after
+        return (y, statistics, None, None) if running[0] is None else (y, statistics, after, distance)
     samples = count_samples(x, sync)
     shares, values = even_shares(x, samples) if tasks is None else tasks.shares(), samples * x.shape[2]
     moments, after = plane_moments(x.detach()), None
@@ -359,4 +365,4 @@ def plane_step(
         x, weight, bias, None if estimate else shares, used, moments=moments, groups=groups, group_weight=group_weight,
         group_bias=group_bias, eps=eps, group_eps=group_eps, sync=sync,
     )  # fmt: skip
-    return y, statistics, after
+    return y, statistics, after, None if after is None else 2 * F.mse_loss(statistics, after)

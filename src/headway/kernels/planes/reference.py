@@ -192,8 +192,8 @@ def plane_step(
     rate: float, decay: float, seen: int, moves: bool, estimate: bool, unbiased: bool, renormalize: bool,
     groups: int, eps: float, group_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """One training step: the output, the planes' moments, the samples' shares, the statistics that were used, and the running values
-    after they have moved (the batch's statistics where there are none)."""
+    """One training step: the output, the planes' moments, the samples' shares, the statistics that were used, the running values after
+    they have moved (the batch's statistics where there are none), and the squared distance of these two, averaged over the channels."""
     samples, values = x.shape[0], x.shape[0] * x.shape[2]
     if task_weight is None:
         shares = x.new_full((samples,), 1 / max(1, samples), dtype=torch.float64)
@@ -208,4 +208,4 @@ def plane_step(
     if estimate:
         statistics = running.clone()
     y = plane_norm(x, moments, statistics, weight, bias, group_weight, group_bias, groups, eps, group_eps)
-    return y, moments, shares, statistics, running
+    return y, moments, shares, statistics, running, (statistics - running).square().mean(1).sum()
