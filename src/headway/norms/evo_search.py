@@ -32,13 +32,15 @@ from headway.norms.evo_judge import Data, GradientNorm, NotFinite, Protocol, jud
 
 @dataclass(frozen=True)
 class Candidate:
-    """One judged layer: its formula, "" or why it was rejected ("quality", "stability", "duplicate"), accuracies by anchor."""
+    """One judged layer: its formula, "" or why it was rejected ("quality", "stability", "duplicate"), accuracies by anchor, and the
+    ``index`` of the candidate that it is a mutation of (None: it was drawn at random)."""
 
     index: int
     formula: str
     nodes: list[Any]
     rejected: str = ""
     scores: list[float] = field(default_factory=list)
+    parent: int | None = None
 
     @property
     def mean(self) -> float:
@@ -128,7 +130,8 @@ def search_layers(
         anchors: functions from a layer factory to a net (:data:`headway.norms.evo_anchors.ANCHORS`), several of them.
         data: images and labels to train on, images and labels to judge by.
         budget: candidates in all, rejected ones included; duplicates count.
-        population: survivors that parents are drawn from; random graphs until there are as many, or half the budget is spent.
+        population: survivors that parents are drawn from; random graphs until there are as many, or half the budget (or of the
+            ``seconds``) is spent.
         tournament: the share of the population that one parent is drawn among, two members at least.
         quality: (steps, least accuracy), or None to leave the test out.
         stability: (steps, rate, limit), or None.
@@ -138,7 +141,7 @@ def search_layers(
         workers: processes; anchors and ``gradient_norm`` must then be importable functions.
         steps: of the training that scores a survivor. rerank: (how many of the best, steps) at the end, or None.
         nodes: of a random graph, after the four initial ones.
-        seconds: begin no further candidate after so long, whatever is left of the budget.
+        seconds: begin no further candidate after so long, whatever is left of the budget; the history then depends on the machine.
         file: where the history is kept after every round; a search that finds its file goes on from there.
         batch_size, learning_rate: of every training.
         gradient_norm: (model, x, y, weights) -> the norm that the stability test climbs.
@@ -174,23 +177,23 @@ def search_layers(
         pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(chosen, data, protocol))
     try:
         while len(history) < budget and (seconds is None or time.monotonic() - start < seconds):
-            graphs = [
-                _next(history, len(history) + i, population, tournament, objective, seed, nodes, batch_free, budget)
-                for i in range(min(workers, budget - len(history)))
+            half = seconds is not None and time.monotonic() - start > seconds / 2
+            drawn = [
+                _next(history, i, population, tournament, objective, seed, nodes, batch_free, half or i >= budget // 2)
+                for i in range(len(history), min(len(history) + workers, budget))
             ]
             fresh: dict[str, LayerGraph] = {}
-            for graph in graphs:
+            for graph, _ in drawn:
                 if graph.formula not in known:
                     fresh.setdefault(graph.formula, graph)
             judged = (
                 pool.map(_one, fresh.values()) if pool else (judge(g, chosen, data, protocol) for g in fresh.values())
             )
             verdicts = dict(zip(fresh, judged, strict=True))
-            for graph in graphs:
+            for graph, parent in drawn:
                 rejected, scores = verdicts.pop(graph.formula, ("duplicate", []))
-                history.append(
-                    Candidate(len(history), graph.formula, [[op, list(at)] for op, at in graph.nodes], rejected, scores)
-                )
+                nodes_of = [[op, list(at)] for op, at in graph.nodes]
+                history.append(Candidate(len(history), graph.formula, nodes_of, rejected, scores, parent))
             known |= fresh.keys()
             _save(file, settings, history)
     finally:
@@ -205,18 +208,19 @@ def search_layers(
 
 def _next(
     history: Sequence[Candidate], index: int, population: int, tournament: float, objective: str, seed: int, nodes: int,
-    batch_free: bool, budget: int,
-) -> LayerGraph:  # fmt: skip
+    batch_free: bool, late: bool,
+) -> tuple[LayerGraph, int | None]:  # fmt: skip
+    """A random graph, or a mutation of the winner of a tournament with its index."""
     draw = random.Random(f"{seed} {index}")
     alive = [c for c in history if not c.rejected][-population:]
-    if len(alive) < population and (index < budget // 2 or not alive):
-        return LayerGraph.random(draw, nodes, batch_free)
+    if not alive or (len(alive) < population and not late):
+        return LayerGraph.random(draw, nodes, batch_free), None
     sample = draw.sample(alive, min(len(alive), max(2, round(tournament * population))))
     if objective == "average":
         parent = max(sample, key=lambda c: c.mean)
     else:
         parent = draw.choice(pareto(sample))
-    return parent.graph.mutate(draw, batch_free)
+    return parent.graph.mutate(draw, batch_free), parent.index
 
 
 def _again(
