@@ -1,17 +1,22 @@
 """Large-step logistic regression against exact arithmetic, the perceptrons it tends to, and the paper's counts and bounds."""
 
 import math
+import warnings
 from decimal import Decimal, getcontext
 from fractions import Fraction
 
 import pytest
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from headway.functional import normalized_logistic_loss
+from headway.kernels import large_step
+from headway.kernels.large_step import reference
 from headway.optim import NormalizedGD, batch_perceptron, large_step_gd, perceptron
 from headway.optim.normalized_gd import one_pass, signed, worst_case
+from headway.optim.sparse_rows import SparseRows
 from headway.tabular import separability
 
 pytestmark = pytest.mark.filterwarnings("ignore:not separated")
@@ -131,13 +136,71 @@ def test_steps_stay_finite_where_every_probability_underflows(gamma):
     assert large_step_gd(*separable(4), gamma).separated
 
 
-def test_one_pass_in_blocks_is_the_pass_in_one(monkeypatch):
-    Z, u = signed(*separable(5, 300, 7)), torch.randn(7, dtype=torch.float64)
-    for gamma, normalized in ((3.0, True), (3.0, False), (math.inf, True), (1e6, True)):
-        whole = one_pass(Z, u, gamma, normalized)
-        monkeypatch.setattr("headway.optim.normalized_gd.BLOCK_BYTES", 1000)
-        torch.testing.assert_close(one_pass(Z, u, gamma, normalized), whole, rtol=1e-11, atol=1e-13)
-        monkeypatch.undo()
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (7, 3), (300, 7), (65, 1000), (40, 2048)])
+def test_one_pass_is_two_products_whichever_body_or_matrix_makes_it(monkeypatch, n, d):
+    draw = torch.Generator().manual_seed(n)
+    Z, u = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((n, d), (d,)))
+    for gamma, normalized in (
+        (3.0, True),
+        (3.0, False),
+        (math.inf, True),
+        (math.inf, False),
+        (1e6, True),
+        (1e300, True),
+    ):
+        m = Z @ u
+        share = (m <= 0).double() if math.isinf(gamma) else torch.sigmoid(-gamma * m)
+        if normalized and not math.isinf(gamma):
+            share = torch.softmax(F.logsigmoid(-gamma * m), 0)
+        step = Z.t() @ share / ((share.sum() or n) if normalized else n)
+        monkeypatch.setattr(reference, "BLOCK_BYTES", 1000)
+        sparse = SparseRows(scipy.sparse.csr_matrix(Z.numpy()))
+        bodies = one_pass(Z, u, gamma, normalized), reference.margins_and_step(Z, u, gamma, normalized)
+        for found in (*bodies, one_pass(sparse, u, gamma, normalized)):
+            torch.testing.assert_close(found[0], m, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(found[1], step, rtol=1e-10, atol=1e-12)
+
+
+def test_the_operator_passes_opcheck_and_keeps_nan():
+    Z, u = torch.randn(9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    torch.library.opcheck(large_step.margins_and_step, (Z, u, 3.0, True), test_utils=("test_schema", "test_faketensor"))
+    Z[3, 1] = math.nan
+    m, step = large_step.margins_and_step(Z, u, 3.0, False)
+    assert m.isnan().nonzero().tolist() == [[3]] and step.isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["scipy", "torch"])
+def test_a_sparse_matrix_takes_the_steps_of_a_dense_one(kind):
+    A, y = separable(3, 60, 9)
+    A = torch.where(torch.rand(A.shape, generator=torch.Generator().manual_seed(0)) < 0.4, A, 0.0)
+    A[:, 0] = 1.0
+    sparse = scipy.sparse.csr_matrix(A.numpy()) if kind == "scipy" else A.to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for gamma, normalized in ((5.0, True), (5.0, False), (math.inf, True)):
+            dense, other = (large_step_gd(a, y, gamma, normalized, 40, record=True) for a in (A, sparse))
+            torch.testing.assert_close(other.history, dense.history, rtol=1e-9, atol=1e-11)
+        assert perceptron(sparse, y, max_iter=50).n_iter == perceptron(A, y, max_iter=50).n_iter
+    assert separability(sparse, y, max_iter=200).distance == pytest.approx(
+        separability(A, y, max_iter=200).distance, rel=1e-6
+    )
+    with pytest.raises(ValueError, match="row 1 of A is zero"):
+        large_step_gd(scipy.sparse.csr_matrix([[1.0], [0.0]]), [1, -1])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        large_step_gd(scipy.sparse.csr_matrix([[1.0], [math.nan]]), [1, -1])
+
+
+def test_minibatches_separate_too_and_one_batch_of_all_rows_is_the_full_step():
+    A, y = separable(4, 120, 5)
+    whole = large_step_gd(A, y, 10.0, record=True)
+    once = large_step_gd(A, y, 10.0, record=True, batch_size=len(A))
+    torch.testing.assert_close(once.history, whole.history, rtol=1e-9, atol=1e-11)
+    for gamma in (10.0, math.inf):
+        small = large_step_gd(A, y, gamma, batch_size=16)
+        assert small.separated and small.errors == 0 and (signed(A, y) @ small.theta).min() > 0
+        assert torch.equal(small.theta, large_step_gd(A, y, gamma, batch_size=16).theta)
+    with pytest.raises(ValueError, match="batch_size is at least 1"):
+        large_step_gd(A, y, batch_size=0)
 
 
 # --- oracle 4: small steps are ordinary gradient descent

@@ -29,6 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from headway.kernels import large_step as kernel
+from headway.optim.sparse_rows import Rows, SparseRows, back, is_sparse, norms, row, rows_of, times_rows
+
 
 @dataclass(frozen=True)
 class Result:
@@ -51,19 +54,20 @@ class Result:
     gamma: float = field(default=math.inf)
 
 
-def signed(A: Any, y: Any) -> Tensor:
-    """z_i = y_i a_i in float64 (n, d), checked.
+def signed(A: Any, y: Any) -> Rows:
+    """z_i = y_i a_i in float64 (n, d), checked; ``A`` may be a sparse matrix of scipy or torch, and stays one.
 
     Raises:
         ValueError: shapes that do not fit, no sample, labels other than two, values that are not finite, a zero row.
     """
-    A, y = (torch.as_tensor(x) for x in (A, y))
-    if A.dim() != 2 or y.dim() != 1 or len(A) != len(y) or len(A) == 0:
+    A, y = rows_of(A) if is_sparse(A) else torch.as_tensor(A), torch.as_tensor(y)
+    if len(A.shape) != 2 or y.dim() != 1 or len(A) != len(y) or len(A) == 0:
         raise ValueError(
             f"A is (samples, features) and y (samples,), with at least one sample; they are {tuple(A.shape)} and {tuple(y.shape)}"
         )
-    A = A.double()
-    if not torch.isfinite(A).all():
+    if isinstance(A, Tensor):
+        A = A.double()
+    if not torch.isfinite(A if isinstance(A, Tensor) else torch.from_numpy(A.csr.data)).all():
         raise ValueError("A holds NaN or infinity; remove or fill those entries first")
     values = set(y.unique().tolist())
     if not values <= {-1, 1}:
@@ -72,40 +76,23 @@ def signed(A: Any, y: Any) -> Tensor:
                 f"labels are -1 and +1, or two values that are taken as those in order; they are {sorted(values)}"
             )
         y = torch.where(y == max(values), 1, -1)
-    if (A == 0).all(1).any():
-        raise ValueError(f"not separable: row {int((A == 0).all(1).nonzero()[0])} of A is zero; add a column of ones")
-    return A * y.double()[:, None]
+    empty = norms(A, 1) == 0
+    if empty.any():
+        raise ValueError(f"not separable: row {int(empty.nonzero()[0])} of A is zero; add a column of ones")
+    return times_rows(A, y.double())
 
 
-BLOCK_BYTES = 1 << 21
-"""Rows of Z that are read once from memory for both products of an iteration."""
-
-
-def one_pass(Z: Tensor, u: Tensor, gamma: float, normalized: bool) -> tuple[Tensor, Tensor]:
-    """The margins m = Z u and the step Z^T omega in units of gamma, reading Z once, block of rows by block of rows.
-
-    The weights of Normalized LR+GD are a softmax, whose running maximum is kept while blocks are added up; so it never overflows
-    and is never 0/0, whatever gamma.
-    """
-    rows = max(1, BLOCK_BYTES // max(1, Z.shape[1] * Z.element_size()))
-    margins, step, total, top = [], torch.zeros_like(u), 0.0, -math.inf
-    for block in Z.split(rows):
-        m = block @ u
-        margins.append(m)
-        if math.isinf(gamma):
-            share = (m <= 0).to(m.dtype)
-            total += float(share.sum())
-        elif normalized:
-            log_wrong = F.logsigmoid(-gamma * m)
-            high = float(log_wrong.max())
-            if high > top:
-                step, total, top = step * math.exp(top - high), total * math.exp(top - high), high
-            share = (log_wrong - top).exp()
-            total += float(share.sum())
-        else:
-            share = torch.sigmoid(-gamma * m)
-        step.addmv_(block.t(), share)
-    return torch.cat(margins), step / (total if normalized and total else len(Z))
+def one_pass(Z: Rows, u: Tensor, gamma: float, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The margins m = Z u and the step Z^T omega in units of gamma, reading Z once (:mod:`headway.kernels.large_step`)."""
+    if not isinstance(Z, SparseRows):
+        return kernel.margins_and_step(Z, u, gamma, normalized)
+    m = Z @ u
+    if math.isinf(gamma):
+        share = (m <= 0).to(m.dtype)
+        return m, back(Z, share) / (float(share.sum()) or len(Z) if normalized else len(Z))
+    if normalized:
+        return m, back(Z, torch.softmax(F.logsigmoid(-gamma * m), 0))
+    return m, back(Z, torch.sigmoid(-gamma * m)) / len(Z)
 
 
 def large_step_gd(
@@ -119,11 +106,13 @@ def large_step_gd(
     *,
     lambda_: float = 0.0,
     pocket: bool = True,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> Result:
     """Steps of (Normalized) LR+GD from ``theta0`` (zero by default) until every margin is positive.
 
     Args:
-        A: (n, d); y: (n,), two values, the larger one is +1 (-1 and +1 may also stand alone).
+        A: (n, d), dense, or sparse of scipy or torch; y: (n,), two values, the larger one is +1 (-1 and +1 may also stand alone).
         gamma: step size, possibly infinite: the batch perceptrons.
         normalized: divide by the mean probability of being wrong.
         max_iter: steps at most; data that are not separable end there, with a warning.
@@ -131,15 +120,21 @@ def large_step_gd(
         record: keep every iterate.
         lambda_: shrink theta by 1 - gamma lambda_ a step (finite gamma).
         pocket: where ``max_iter`` is reached, give back the iterate with the fewest errors, then the smallest violation.
+        batch_size: step on so many rows at a time, shuffled anew by ``seed`` every epoch, normalised within the batch; all margins
+            are looked at once an epoch. An extension of ours without a bound.
 
     Raises:
-        ValueError: bad data (:func:`signed`), ``gamma`` not positive, a ``theta0`` of another shape.
+        ValueError: bad data (:func:`signed`), ``gamma`` not positive, a ``theta0`` of another shape, ``batch_size`` below 1.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive (math.inf for the perceptron); it is {gamma}")
     if lambda_ and not 0 <= gamma * lambda_ < 1:
         raise ValueError(f"gamma * lambda_ must lie in [0, 1); it is {gamma * lambda_}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, or None for all rows at once; it is {batch_size}")
     Z = signed(A, y)
+    # margins and step of the present iterate: of all rows, or of a batch, which says no margins between epochs
+    steps = _batches(Z, gamma, normalized, batch_size, seed) if batch_size else _all_rows(Z, gamma, normalized)
     errors = t = 0
     u = torch.zeros(Z.shape[1], dtype=torch.float64, device=Z.device)
     if theta0 is not None:
@@ -151,12 +146,13 @@ def large_step_gd(
         u = start.clone() if math.isinf(gamma) else start / gamma
     path, best = [u.clone()] if record else [], (len(Z) + 1, math.inf, u)
     for t in range(max_iter + 1):
-        m, step = one_pass(Z, u, gamma, normalized)
-        errors, worst = int((m <= 0).sum()), float(m.min())
-        if pocket and (errors, -worst) < best[:2]:
-            best = (errors, -worst, u.clone())
-        if errors == 0 or t == max_iter:
-            break
+        m, step = steps(t, u, t == max_iter)
+        if m is not None:
+            errors, worst = int((m <= 0).sum()), float(m.min())
+            if pocket and (errors, -worst) < best[:2]:
+                best = (errors, -worst, u.clone())
+            if errors == 0 or t == max_iter:
+                break
         if t == 0 and theta0 is None and not normalized and math.isinf(gamma):
             # every sigma is 1/2 at theta = 0, however large gamma
             step = step / 2
@@ -169,6 +165,25 @@ def large_step_gd(
         if pocket:
             errors, _, u = best
     return Result(u, t, separated, errors, torch.stack(path) if record else None, gamma)
+
+
+_Steps = Callable[[int, Tensor, bool], tuple[Tensor | None, Tensor]]
+
+
+def _all_rows(Z: Rows, gamma: float, normalized: bool) -> _Steps:
+    return lambda t, u, last: one_pass(Z, u, gamma, normalized)
+
+
+def _batches(Z: Rows, gamma: float, normalized: bool, size: int, seed: int) -> _Steps:
+    draw, queue = torch.Generator().manual_seed(seed), []
+
+    def step(t: int, u: Tensor, last: bool) -> tuple[Tensor | None, Tensor]:
+        margins = None if queue and not last else Z @ u
+        if not queue:
+            queue.extend(torch.randperm(len(Z), generator=draw).split(size))
+        return margins, one_pass(Z[queue.pop()], u, gamma, normalized)[1]
+
+    return step
 
 
 def _warn(max_iter: int, errors: int, n: int) -> None:
@@ -210,7 +225,7 @@ def perceptron(
             "random": int(torch.randint(len(wrong), (), generator=draw)),
             "worst": int(m[wrong].argmin()),
         }
-        u = u + Z[wrong[pick[order]]]
+        u = u + row(Z, int(wrong[pick[order]]))
     if len(wrong):
         _warn(max_iter, len(wrong), len(Z))
     return Result(u, t, not len(wrong), len(wrong))

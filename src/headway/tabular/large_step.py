@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from headway._features import features_of
 from headway.optim.normalized_gd import large_step_gd
+from headway.optim.sparse_rows import Rows, back, is_sparse, norms, rows_of, spectral_norm, times_rows, with_column
 
 
 class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
@@ -36,6 +38,8 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
         max_iter: steps at most. pocket: where they run out, keep the iterate with the fewest errors.
         polish: steps of plain gradient descent at 1/L after separation, for the margin and for probabilities.
         multi_class: "ovr" or "multinomial". scale: "maxnorm" divides by the largest sample's norm, so that gamma is free of units.
+        batch_size: step on so many samples at a time (one against the rest and two classes; an extension of ours).
+        random_state: shuffles the batches.
 
     Attributes:
         coef_ (1 or classes, features), intercept_, classes_, n_iter_ (1 or classes,), separated_, margin_ (smallest margin of the
@@ -57,6 +61,7 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
         scale: Literal["maxnorm"] | None = None,
         random_state: Any = None,
         intercept_scaling: float | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.gamma = gamma
         self.normalized = normalized
@@ -68,27 +73,38 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
         self.scale = scale
         self.random_state = random_state
         self.intercept_scaling = intercept_scaling
+        self.batch_size = batch_size
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def fit(self, X: Any, y: Any) -> LargeStepLogisticRegression:
-        """X: (samples, features) finite; y: (samples,) of at least two classes."""
+        """X: (samples, features) finite, dense or a sparse matrix of scipy; y: (samples,) of at least two classes."""
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive (math.inf for the perceptron); it is {self.gamma}")
         if self.multi_class not in ("ovr", "multinomial") or self.scale not in (None, "maxnorm"):
             raise ValueError(
                 f'multi_class is "ovr" or "multinomial" and scale None or "maxnorm", not {self.multi_class!r} and {self.scale!r}'
             )
-        X, y = validate_data(self, X, y, dtype=np.float64)  # type: ignore[misc]
+        if self.batch_size is not None and self.multi_class == "multinomial":
+            raise ValueError(
+                'multi_class="multinomial" steps on all samples at once; leave batch_size out, or use "ovr"'
+            )
+        X, y = validate_data(self, X, y, dtype=np.float64, accept_sparse="csr")  # type: ignore[misc]
         check_classification_targets(y)
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1)) if self.batch_size else 0
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"a classifier needs at least two classes; y holds 1 class: {self.classes_[0]!r}")
-        A = torch.from_numpy(np.ascontiguousarray(X))
-        unit = float(A.norm(dim=1).max()) if self.scale == "maxnorm" else 1.0
+        A: Rows = rows_of(X) if is_sparse(X) else torch.from_numpy(np.ascontiguousarray(X))
+        unit = float(norms(A, 1).max()) if self.scale == "maxnorm" else 1.0
         unit = unit or 1.0
-        A = A / unit
+        A = times_rows(A, torch.full((len(A),), 1 / unit, dtype=torch.float64)) if unit != 1.0 else A
         column = self._column(A)
         if column:
-            A = torch.cat([A, A.new_full((len(A), 1), column)], 1)
+            A = with_column(A, column)
         labels = torch.from_numpy(index)
         if len(self.classes_) == 2:
             theta, steps, done = self._two(A, labels == 1)
@@ -111,16 +127,16 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
         self.coef_ = (theta[:, :-1] if column else theta) / unit
         return self
 
-    def _column(self, A: Tensor) -> float:
+    def _column(self, A: Rows) -> float:
         if not self.fit_intercept:
             return 0.0
         if self.intercept_scaling is not None:
             return float(self.intercept_scaling)
-        return float(A.norm(dim=0).median()) / math.sqrt(len(A)) or 1.0
+        return float(norms(A, 0).median()) / math.sqrt(len(A)) or 1.0
 
-    def _two(self, A: Tensor, positive: Tensor) -> tuple[Tensor, int, bool]:
+    def _two(self, A: Rows, positive: Tensor) -> tuple[Tensor, int, bool]:
         y = positive.double() * 2 - 1
-        zero = (A == 0).all(1)
+        zero = norms(A, 1) == 0
         if zero.any():
             # no margin of a zero row is ever positive: it is left out, and the data count as not separated
             warnings.warn(
@@ -129,21 +145,19 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
         kept = ~zero
         if len(y[kept].unique()) < 2:
             return torch.zeros(A.shape[1], dtype=torch.float64), 0, False
-        found = large_step_gd(A[kept], y[kept], self.gamma, self.normalized, self.max_iter, pocket=self.pocket)
+        more = {"pocket": self.pocket, "batch_size": self.batch_size, "seed": self._seed}
+        found = large_step_gd(A[kept], y[kept], self.gamma, self.normalized, self.max_iter, **more)
         theta = found.theta if math.isinf(self.gamma) else found.theta * min(self.gamma, 1e100)
         if self.polish:
-            theta = polished(A[kept] * y[kept, None], found.theta, self.polish)
+            theta = polished(times_rows(A[kept], y[kept]), found.theta, self.polish)
         return theta, found.n_iter, found.separated and not bool(zero.any())
 
-    def _all(self, A: Tensor, labels: Tensor) -> tuple[Tensor, int, bool]:
+    def _all(self, A: Rows, labels: Tensor) -> tuple[Tensor, int, bool]:
         """Softmax regression whose step is divided by the mean of 1 - p_y; an extension of ours."""
         classes = len(self.classes_)
         gamma = min(self.gamma, 1e12)
-        W, best, hot = (
-            A.new_zeros(classes, A.shape[1]),
-            (len(A) + 1, math.inf, A),
-            torch.nn.functional.one_hot(labels, classes),
-        )
+        W = torch.zeros(classes, A.shape[1], dtype=torch.float64)
+        best, hot = (len(A) + 1, math.inf, W), torch.nn.functional.one_hot(labels, classes)
         errors = t = 0
         for t in range(self.max_iter + 1):
             logits = A @ W.t()
@@ -155,7 +169,7 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
                 break
             slope = (gamma * logits).softmax(1) - hot
             wrong = float(-slope.gather(1, labels[:, None]).mean()) if self.normalized else 1.0
-            W = W - slope.t() @ A / (len(A) * max(wrong, 1e-300))
+            W = W - back(A, slope).t() / (len(A) * max(wrong, 1e-300))
         if errors:
             warnings.warn(
                 f"not separated after {self.max_iter} steps: {errors} errors", ConvergenceWarning, stacklevel=3
@@ -166,8 +180,8 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> np.ndarray:
         """(samples,) for two classes, else (samples, classes)."""
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float64)
-        scores = np.asarray(X) @ self.coef_.T + self.intercept_
+        X = validate_data(self, X, reset=False, dtype=np.float64, accept_sparse="csr")
+        scores = np.asarray(X @ self.coef_.T) + self.intercept_
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
     def predict(self, X: Any) -> np.ndarray:
@@ -191,13 +205,13 @@ def _lead(logits: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
 
 
-def polished(Z: Tensor, u: Tensor, steps: int) -> Tensor:
+def polished(Z: Rows, u: Tensor, steps: int) -> Tensor:
     """``steps`` of plain gradient descent at 1/L, L = lambda_max(Z^T Z) / (4 n), from u scaled to a smallest margin of 1."""
     low = float((Z @ u).abs().min())
     theta = u / (low or float((Z @ u).abs().mean()) or 1.0)
-    rate = 4 * len(Z) / max(float(torch.linalg.matrix_norm(Z, 2)) ** 2, 1e-300)
+    rate = 4 * len(Z) / max(spectral_norm(Z) ** 2, 1e-300)
     for _ in range(steps):
-        theta = theta + rate / len(Z) * (Z.t() @ torch.sigmoid(-(Z @ theta)))
+        theta = theta + rate / len(Z) * back(Z, torch.sigmoid(-(Z @ theta)))
     return theta
 
 

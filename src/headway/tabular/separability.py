@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.optim.normalized_gd import signed
+from headway.optim.sparse_rows import norms, row
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def separability(A: Any, y: Any, tol: float = 1e-9, max_iter: int = 100000, gap:
     intercept).
 
     Args:
-        A: (n, d); y: (n,), two values.
+        A: (n, d), dense or sparse; y: (n,), two values.
         tol: a combination of norm below tol * max ||a_i|| counts as the origin.
         gap: once separated, go on until margin >= (1 - gap) distance, so that ``margin`` is that near to the best one.
 
@@ -51,10 +52,11 @@ def separability(A: Any, y: Any, tol: float = 1e-9, max_iter: int = 100000, gap:
         ValueError: as for ``large_step_gd``.
     """
     Z = signed(A, y)
-    scale = float(Z.norm(dim=1).max())
+    scale = float(norms(Z, 1).max())
     share = torch.zeros(len(Z), dtype=torch.float64)
     share[0] = 1.0
-    w, t, m = Z[0].clone(), 0, Z @ Z[0]
+    w, t = row(Z, 0).clone(), 0
+    m = Z @ w
     for t in range(max_iter + 1):
         m = Z @ w
         size = float(w @ w)
@@ -66,9 +68,9 @@ def separability(A: Any, y: Any, tol: float = 1e-9, max_iter: int = 100000, gap:
         far = int(used.argmax())
         towards, away = size - float(m[worst]), float(m[far]) - size
         if towards >= away or float(share[far]) >= 1:
-            d, most, at, sign = Z[worst] - w, 1.0, worst, 1.0
+            d, most, at, sign = row(Z, worst) - w, 1.0, worst, 1.0
         else:
-            d, most, at, sign = w - Z[far], float(share[far]) / (1 - float(share[far])), far, -1.0
+            d, most, at, sign = w - row(Z, far), float(share[far]) / (1 - float(share[far])), far, -1.0
         step = min(max(-float(w @ d) / max(float(d @ d), 1e-300), 0.0), most)
         w = w + step * d
         share = share * (1 - sign * step)
