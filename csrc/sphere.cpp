@@ -85,7 +85,8 @@ void to_sphere_(Tensors params, Tensors rho, Tensor missed, double near, bool ro
     });
   };
   int64_t total = 0;
-  for (int64_t i = 0; i < int64_t(params.size()); i++) {
+  // the last first: an optimiser that has just been through the list has left those in the caches
+  for (int64_t i = int64_t(params.size()) - 1; i >= 0; i--) {
     const int64_t n = params[i].numel();
     if (n > kChunk)
       run(i);
