@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each pair is measured")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     given = parser.parse_args()
+    # glibc keeps freed memory up to twice the largest block it has seen; otherwise either side may map its pages anew in every step
+    torch.empty(30 << 20, dtype=torch.uint8)
     rows: list[dict[str, Any]] = []
     for threads in given.threads:
         torch.set_num_threads(threads)

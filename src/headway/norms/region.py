@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from headway.kernels.planes import together
 from headway.kernels.region import channel_pool
 from headway.kernels.region import region_norm as _region_norm
+from headway.kernels.stencil import StencilConv2d
 from headway.norms.holes import TakesMask, fitting, hole_of
 from headway.surgery import Site
 
@@ -258,10 +259,10 @@ class RegionNormL2d(nn.Module):
             raise ValueError('sync=True is for stats="batch": nothing else is shared by processes')
         self.num_features, self.threshold, self.kernel_size = num_features, threshold, kernel_size
         self.stats, self.eps, self.eps_mode, self.sync = stats, eps, eps_mode, sync
-        made: dict[str, Any] = {"padding": kernel_size // 2, "device": device, "dtype": dtype}
-        self.importance_conv = nn.Conv2d(2, 1, kernel_size, bias=False, **made)
-        self.gamma_conv = nn.Conv2d(1, 1, kernel_size, **made)
-        self.beta_conv = nn.Conv2d(1, 1, kernel_size, **made)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.importance_conv = StencilConv2d(2, kernel_size, bias=False, **made)
+        self.gamma_conv = StencilConv2d(1, kernel_size, **made)
+        self.beta_conv = StencilConv2d(1, kernel_size, **made)
         self.last_region = None
 
     def reset_parameters(self) -> None:

@@ -41,6 +41,8 @@ def moments(a: Tensor, region: Tensor, batch: bool) -> tuple[Tensor, Tensor, Ten
     pixels = region.sum(dims, keepdim=True)
     count = pixels.where(pixels > 0, 1)
     mean = _inside(region, a).sum(dims, keepdim=True) / count
+    # what the rounded mean leaves over is put right
+    mean = mean + _inside(region, a - mean).sum(dims, keepdim=True) / count
     var = _inside(region, (a - mean).square()).sum(dims, keepdim=True) / count
     return mean, var, pixels
 
