@@ -12,30 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import headway as hw
+from headway.claims.scale_long import SumSkips
 from headway.residual import LongSkips, SkipGate, SkipScale, feature_growth, perturbation_gain, skip_scales
 from headway.residual.scale_long import ScaleLong
 from headway.tasks.unets import UViT
-
-
-class SumSkips(nn.Module):
-    """An encoder and a decoder of random blocks that keep the variance, N skips added: the network of the theory.
-
-    The middle adds a last block; skip i is the output of encoder block i.
-    """
-
-    def __init__(self, n: int, width: int, mode, kappa: float = 0.7) -> None:
-        super().__init__()
-        self.down, self.up = (nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(n)) for _ in range(2))
-        for linear in (*self.down, *self.up):
-            nn.init.normal_(linear.weight, std=width**-0.5)
-        self.skips = LongSkips(n, mode, kappa)
-
-    def forward(self, x):
-        for block in self.down:
-            x = self.skips.push(block(x))
-        for block in self.up:
-            x = block(x) + self.skips.pop()
-        return x
 
 
 def test_the_constants_of_cs_decay_from_the_outermost_to_the_innermost():

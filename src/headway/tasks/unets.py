@@ -89,9 +89,11 @@ class UViT(nn.Module):
         self.decoder_pred = nn.Linear(dim, patch**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        # 0.02 is the published start at width 512; a narrower network keeps the same gain a layer
+        std = 0.02 * math.sqrt(512 / dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
