@@ -2,6 +2,7 @@
 
 import pytest
 
+from headway.claims import ada_b2n
 from headway.claims import batch_channel_norm as bcn
 
 
@@ -45,3 +46,46 @@ NO = "does not hold here"
 def test_eliminated_channels_are_counted_against_group_norm(gn, ours, wanted):
     runs = rows({("gn", 1): (5, 0), ("bcn", 1): (5, 0)}, {"gn": gn, "bcn": ours})
     assert bcn.eliminated(runs).verdict == wanted
+
+
+def stream(**accuracies):
+    """Four paired seeds, whose gains over batch norm differ by a tenth of a point."""
+    found = []
+    for arm in ada_b2n.ARMS:
+        base = accuracies.get(arm.replace(" ", "_"), 90.0)
+        for seed in range(4):
+            noise = 0.1 * (seed % 2) * (arm == "AdaB2N")
+            found.append({"arm": arm, "seed": seed, "accuracy": base + seed + noise, "first_task": base})
+    return found
+
+
+def test_adab2n_has_to_be_above_batch_norm_by_more_than_the_noise():
+    assert ada_b2n.gains(stream(AdaB2N=91.0)).verdict == "holds"
+    assert ada_b2n.gains(stream(AdaB2N=89.99)).verdict == "partly"  # a gain within two standard errors
+    assert ada_b2n.gains(stream(AdaB2N=89.0)).verdict == NO
+    one_seed = [row for row in stream(AdaB2N=91.0) if row["seed"] == 0]
+    assert ada_b2n.gains(one_seed).verdict == "partly"
+
+
+def test_adab2n_is_held_against_each_other_norm():
+    assert ada_b2n.others(stream(AdaB2N=91.0)).verdict == "holds"
+    mixed = ada_b2n.others(stream(AdaB2N=91.0, Continual_Norm=92.0))
+    assert mixed.verdict == "partly" and "GN, LN, IN" in mixed.why and "Continual" not in mixed.why
+    assert ada_b2n.others(stream(AdaB2N=80.0)).verdict == NO
+
+
+def test_the_balance_of_the_running_statistics_is_measured_and_judged():
+    assert ada_b2n.balance(ada_b2n.errors()).verdict == "holds"
+    rows = [{"tasks": 5, "kappa": k, "ratio": r, "expected": r} for k, r in ((0.7, 0.9), (0.4, 0.8), (0.0, 0.1))]
+    assert ada_b2n.balance(rows).verdict == "holds"
+    rows[2]["ratio"] = 0.2
+    assert ada_b2n.balance(rows).verdict == "partly"
+    rows[2]["ratio"] = 0.95
+    assert ada_b2n.balance(rows).verdict == NO
+
+
+def test_the_cost_of_adab2n_is_judged_size_by_size():
+    row = {"shape": [2, 4, 3, 3], "training": 1.4, "with penalty": 1.6, "evaluation": 1.0, "us": 100.0}
+    training, deployed = ada_b2n.cost([row, {**row, "training": 1.6, "evaluation": 1.1}])
+    assert training.verdict == deployed.verdict == "partly"
+    assert [each.verdict for each in ada_b2n.cost([row])] == ["holds", "holds"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,7 @@ def validation() -> Digits:
     return task
 
 
-def compare(
-    names: list[str], batch_size: int, steps: int, seeds: int, rates: tuple[float, ...]
-) -> list[dict[str, Any]]:
+def compare(names: list[str], batch_size: int, steps: int, seeds: int, rates: Sequence[float]) -> list[dict[str, Any]]:
     """A row a layer and seed. Each layer is trained at the rate that is best for it, chosen without the test digits."""
     rows, task, chosen_on = [], Digits(), validation()
     for name in names:
