@@ -1,9 +1,7 @@
 // One bit an entry: sixty-four entries at a time, whose bits are eight bytes, the first entry in the lowest bit.
 // Part of a kernel body (see isa.h), so it is included once an instruction set.
 
-using headway::arithmetic_t;
-
-#include "widen_body.h"
+#include "rows.h"
 
 constexpr int64_t kBlock = 64;
 
@@ -42,7 +40,7 @@ static void each_block(const T* x, T* y, int64_t first, int64_t last, int64_t n,
       choose<A>(from, y + start, bits, count, A(gain), A(shift), A(low));
     } else {
       choose<A>(from, out, bits, count, A(gain), A(shift), A(low));
-      narrow(out, y + start, count);
+      store_row(out, y + start, count);
     }
   }
 }

@@ -1,9 +1,4 @@
 // CPU bodies of headway::compand and its backward: one pass over the weights each.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -22,29 +17,14 @@ template class std::vector<double>;
 
 #define HEADWAY_BODY "compander_body.h"
 #include "isa.h"
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace headway;
 
 namespace {
-constexpr int64_t kGrain = 16384;  // entries below which a task is not worth starting
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(headway::BFloat16{});
-    case ScalarType::Half: return f(headway::Half{});
-    default: throw std::runtime_error("compand takes float32, float64, bfloat16 or float16");
-  }
-}
-
 const double* doubles(const Tensor& t) {
   if (t.scalar_type() != ScalarType::Double || !t.is_contiguous()) throw std::runtime_error("a and b must be contiguous float64");
-  return static_cast<const double*>(t.data_ptr());
+  return data<double>(t);
 }
 
 Tensor compand(const Tensor& given, const Tensor& a, const Tensor& b) {
@@ -55,7 +35,7 @@ Tensor compand(const Tensor& given, const Tensor& a, const Tensor& b) {
   dispatch(v, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, total, kGrain, [&](int64_t first, int64_t last) {
-      HEADWAY_CALL(compand<T>, static_cast<const T*>(v.data_ptr()), static_cast<T*>(w.data_ptr()), first, last, n, as, bs);
+      HEADWAY_CALL(compand<T>, data<T>(v), data<T>(w), first, last, n, as, bs);
     });
   });
   return w;
@@ -70,22 +50,13 @@ std::tuple<Tensor, Tensor> compand_backward(const Tensor& gradient, const Tensor
   std::vector<double> sums(2 * rows * many);
   dispatch(v, [&](auto zero) {
     using T = decltype(zero);
-    auto part = [&](int64_t p) {
-      HEADWAY_CALL(compand_backward<T>, static_cast<const T*>(g.data_ptr()), static_cast<const T*>(v.data_ptr()),
-                   static_cast<T*>(gv.data_ptr()), p * total / many, (p + 1) * total / many, n, as, bs,
+    for_parts(many, [&](int64_t p) {
+      HEADWAY_CALL(compand_backward<T>, data<T>(g), data<T>(v), data<T>(gv), p * total / many, (p + 1) * total / many, n, as, bs,
                    sums.data() + 2 * rows * p, want);
-    };
-    if (many == 1) return part(0);
-    torch::stable::parallel_for(0, many, 1, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; p++) part(p);
     });
   });
-  AtenTensorHandle handle;
-  const int64_t sizes[2] = {2, rows}, strides[2] = {rows, 1};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, static_cast<int32_t>(ScalarType::Double), 0, 0, &handle));
-  Tensor ab(handle);
-  double* to = static_cast<double*>(ab.data_ptr());
+  Tensor ab = matrix(2, rows, ScalarType::Double);
+  double* to = data<double>(ab);
   for (int64_t row = 0; row < rows; row++) {
     double first = 0, second = 0;
     for (int64_t p = 0; p < many; p++) first += sums[2 * (p * rows + row)], second += sums[2 * (p * rows + row) + 1];

@@ -2,7 +2,7 @@
 
 using headway::arithmetic_t;
 
-#include "widen_body.h"
+#include "rows.h"
 
 constexpr int64_t kBlock = 512;
 
@@ -56,7 +56,7 @@ static void compand(const T* v, T* w, int64_t first, int64_t last, int64_t n, co
       forward_part<A>(from, w + first, count, A(a[row]), A(b[row]));
     } else {
       forward_part<A>(from, out, count, A(a[row]), A(b[row]));
-      narrow(out, w + first, count);
+      store_row(out, w + first, count);
     }
     first += count;
   }
@@ -74,7 +74,7 @@ static void compand_backward(const T* g, const T* v, T* gv, int64_t first, int64
     if constexpr (std::is_same_v<T, A>) to = gv + first;
     if (want) backward_part<true, A>(gs, vs, to, count, A(a[row]), A(b[row]), sums + 2 * row);
     else backward_part<false, A>(gs, vs, to, count, A(a[row]), A(b[row]), sums + 2 * row);
-    if constexpr (!std::is_same_v<T, A>) narrow(out, gv + first, count);
+    if constexpr (!std::is_same_v<T, A>) store_row(out, gv + first, count);
     first += count;
   }
 }

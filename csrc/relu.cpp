@@ -1,9 +1,4 @@
 // CPU bodies of headway::relu_bits, relu_bits_ and keep_bits: a ReLU that leaves one bit an entry behind for its backward.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -17,37 +12,21 @@
 
 #define HEADWAY_BODY "relu_body.h"
 #include "isa.h"
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace headway;
 
 namespace {
-constexpr int64_t kGrain = 2048;  // bytes of bits (eight entries each) below which a task is not worth starting
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(headway::BFloat16{});
-    case ScalarType::Half: return f(headway::Half{});
-    default: throw std::runtime_error("relu_bits takes float32, float64, bfloat16 or float16");
-  }
-}
+constexpr int64_t kBytes = kGrain / 8;  // of bits, eight entries each, below which a task is not worth starting
 
 Tensor relu_into(const Tensor& x, const Tensor& y) {
-  const int64_t n = x.numel(), bytes = (n + 7) / 8, one = 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &one, static_cast<int32_t>(ScalarType::Byte), 0, 0, &handle));
-  Tensor bits(handle);
-  uint8_t* to = static_cast<uint8_t*>(bits.data_ptr());
+  const int64_t n = x.numel(), bytes = (n + 7) / 8;
+  Tensor bits = allocate(&bytes, 1, ScalarType::Byte);
+  uint8_t* to = data<uint8_t>(bits);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
-      HEADWAY_CALL(relu<T>, static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), to, first, last, n);
+    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
+      HEADWAY_CALL(relu<T>, data<T>(x), data<T>(y), to, first, last, n);
     });
   });
   return bits;
@@ -70,9 +49,8 @@ Tensor keep_bits(const Tensor& given, const Tensor& bits) {
   Tensor gx = torch::stable::empty_like(gy);
   dispatch(gy, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
-      HEADWAY_CALL(pass<T>, static_cast<const T*>(gy.data_ptr()), static_cast<T*>(gx.data_ptr()),
-                   static_cast<const uint8_t*>(bits.data_ptr()), first, last, n, 1.0);
+    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
+      HEADWAY_CALL(pass<T>, data<T>(gy), data<T>(gx), data<uint8_t>(bits), first, last, n, 1.0);
     });
   });
   return gx;

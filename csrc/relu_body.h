@@ -46,7 +46,7 @@ static void relu(const T* x, T* y, uint8_t* bits, int64_t first, int64_t last, i
       word = positive<A>(from, y + start, count);
     } else {
       word = positive<A>(from, out, count);
-      narrow(out, y + start, count);
+      store_row(out, y + start, count);
     }
     std::memcpy(bits + byte, &word, bytes);
   }

@@ -1,9 +1,4 @@
 // CPU bodies of headway::alpha_dropout and its backward.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,42 +13,25 @@
 
 #define HEADWAY_BODY "selu_body.h"
 #include "isa.h"
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace headway;
 
 namespace {
-constexpr int64_t kGrain = 2048;  // bytes of bits (eight entries each) below which a task is not worth starting
-
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-template <class F>
-void dispatch(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(headway::BFloat16{});
-    case ScalarType::Half: return f(headway::Half{});
-    default: throw std::runtime_error("alpha dropout takes float32, float64, bfloat16 or float16");
-  }
-}
+constexpr int64_t kBytes = kGrain / 8;  // of bits, eight entries each, below which a task is not worth starting
 
 std::tuple<Tensor, Tensor> alpha_dropout(const Tensor& given, int64_t seed, double p, double gain, double shift, double low) {
   const Tensor x = packed(given);
   const int64_t n = x.numel(), bytes = (n + 7) / 8;
   Tensor y = torch::stable::empty_like(x);
-  AtenTensorHandle handle;
-  const int64_t one = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &one, static_cast<int32_t>(ScalarType::Byte), 0, 0, &handle));
-  Tensor bits(handle);
-  uint8_t* to = static_cast<uint8_t*>(bits.data_ptr());
+  Tensor bits = allocate(&bytes, 1, ScalarType::Byte);
+  uint8_t* to = data<uint8_t>(bits);
   const uint64_t below = static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
-      HEADWAY_CALL(drop<T>, static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), to, first, last, n,
-                   static_cast<uint64_t>(seed), below, gain, shift, gain * low + shift);
+    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
+      HEADWAY_CALL(drop<T>, data<T>(x), data<T>(y), to, first, last, n, static_cast<uint64_t>(seed), below, gain, shift,
+                   gain * low + shift);
     });
   });
   return {y, bits};
@@ -65,9 +43,8 @@ Tensor alpha_dropout_backward(const Tensor& given, const Tensor& bits, double ga
   Tensor gx = torch::stable::empty_like(gy);
   dispatch(gy, [&](auto zero) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
-      HEADWAY_CALL(pass<T>, static_cast<const T*>(gy.data_ptr()), static_cast<T*>(gx.data_ptr()),
-                   static_cast<const uint8_t*>(bits.data_ptr()), first, last, n, gain);
+    torch::stable::parallel_for(0, bytes, kBytes, [&](int64_t first, int64_t last) {
+      HEADWAY_CALL(pass<T>, data<T>(gy), data<T>(gx), data<uint8_t>(bits), first, last, n, gain);
     });
   });
   return gx;
