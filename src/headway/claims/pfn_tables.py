@@ -68,13 +68,17 @@ def calibration_error(p: np.ndarray, y: np.ndarray, bins: int = 10) -> float:
     return float(sum(part.mean() * abs(right[part].mean() - confidence[part].mean()) for part in parts if part.any()))
 
 
+def _met(good: bool) -> str:
+    return "met" if good else "missed"
+
+
 def tables(quick: bool) -> list[Evidence]:
     from sklearn.metrics import roc_auc_score
 
     torch.manual_seed(0)
     model = PFN(30, BernoulliHead(), *((48, 2) if quick else (64, 4)), standardize=True)
-    steps, batch = (150, 16) if quick else (1500, 32)
-    training = seconds(lambda: train_pfn(model, TabularPrior(), steps, batch, 31, 2e-3, queries=30))
+    steps, batch = (150, 16) if quick else (2500, 16)
+    training = seconds(lambda: train_pfn(model, TabularPrior(), steps, batch, 31, 2e-3, queries=24))
     makers = {"PFN": lambda: PFNClassifier(model), **_tuned(quick)}
     results: dict[str, dict[str, list[Any]]] = {name: {"auc": [], "seconds": [], "p": [], "y": []} for name in makers}
     for X, y in _tables_data().values():
@@ -105,7 +109,8 @@ def tables(quick: bool) -> list[Evidence]:
         f"place {place} of {len(rows)} by mean rank, ECE {ours['ece']:.3f}, {faster:.0f} times faster than tuned boosting",
         "; ".join(f"{r['method']}: AUC {r['auc']:.3f}, rank {r['rank']:.1f}, ECE {r['ece']:.3f}, {1e3 * r['seconds']:.0f} ms"
                   for r in rows),
-        verdict(good), f"asked: place 2 or better ({good[0]}), the lowest ECE ({good[1]}), 500 times ({good[2]}); 30 rows of "
-        f"{', '.join(_tables_data())}; {steps * batch:,} data sets in {training:.0f} s, which pays back after "
-        f"{math.ceil(training / max(boosting['seconds'] - ours['seconds'], 1e-9))} tables", rows=rows,
+        verdict(good), f"asked: place 2 or better ({_met(good[0])}), the lowest ECE ({_met(good[1])}), 500 times ({_met(good[2])}); "
+        f"30 rows of {', '.join(_tables_data())}; trained on {steps * batch:,} tables in {training:.0f} s, where the paper's network "
+        f"saw millions; that pays back after {math.ceil(training / max(boosting['seconds'] - ours['seconds'], 1e-9))} tables",
+        rows=rows,
     )]  # fmt: skip

@@ -9,6 +9,8 @@ against.
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -185,6 +187,18 @@ class _Estimator(BaseEstimator):
             return torch.cat([self.net_(part.to(self.device)).cpu() for part in features.split(4096)])
 
 
+def _with_settings_of(base: type) -> Callable[[Any], Any]:
+    """Gives a constructor the signature of ``base``'s, its own settings last: scikit-learn and readers find all settings there."""
+
+    def sign(init: Any) -> Any:
+        shared = inspect.signature(base.__init__).parameters.values()
+        own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        init.__signature__ = inspect.Signature([*shared, *own])
+        return init
+
+    return sign
+
+
 class SNNClassifier(ClassifierMixin, _Estimator):
     """A self-normalising net as a scikit-learn classifier.
 
@@ -203,26 +217,9 @@ class SNNClassifier(ClassifierMixin, _Estimator):
         ValueError: NaN or infinity, one class only, settings out of range.
     """
 
-    def __init__(
-        self,
-        hidden: int = 128,
-        depth: int = 8,
-        shape: str = "cylinder",
-        dropout: float = 0.05,
-        learning_rate: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        batch_size: int = 32,
-        max_epochs: int = 100,
-        patience: int = 15,
-        validation_fraction: float = 0.15,
-        categorical: Any = None,
-        random_state: int | None = None,
-        device: str = "cpu",
-        class_weight: Any = None,
-    ) -> None:
-        super().__init__(hidden, depth, shape, dropout, learning_rate, momentum, weight_decay, batch_size, max_epochs,
-                         patience, validation_fraction, categorical, random_state, device)  # fmt: skip
+    @_with_settings_of(_Estimator)
+    def __init__(self, *shared: Any, class_weight: Any = None, **settings: Any) -> None:
+        super().__init__(*shared, **settings)
         self.class_weight = class_weight
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SNNClassifier:
