@@ -35,6 +35,16 @@ inline Isa isa() {
   static const Isa chosen = detect_isa();
   return chosen;
 }
+
+// whether the AVX-512 body may round to bfloat16 by the processor's own instruction, which not every such processor has
+inline bool rounds_bfloat16() {
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  static const bool can = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return can;
+#else
+  return false;
+#endif
+}
 }  // namespace headway
 
 #define HEADWAY_LEVEL 0

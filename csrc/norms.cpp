@@ -57,6 +57,7 @@ void run(const Tensor& x, const Tensor* residual, const Affine* first, const Aff
     job.n = n, job.eps = eps, job.kind = kind;
     const int64_t bytes = x.numel() * int64_t(sizeof(T)) * (residual ? 4 : 2);
     job.past_caches = bytes >= kStreamBytes && n * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(job.y) % 64 == 0;
+    job.at_once = std::is_same_v<T, headway::BFloat16> && headway::rounds_bfloat16();
     const int64_t parts = headway::parts_of(rows, x.numel());
     headway::for_parts(parts, [&](int64_t p) { HEADWAY_CALL(forward_rows<T>, job, p * rows / parts, (p + 1) * rows / parts); });
   });

@@ -30,23 +30,25 @@ using headway::data;
 using headway::like;
 using headway::packed;
 
-constexpr int64_t kStreamBytes = int64_t(28) << 20;
+// with what reads the gradients next, writing past the caches is a loss up to here and a gain beyond
+constexpr int64_t kStreamBytes = int64_t(20) << 20;
 
 // targets: where the sums of one job go, nullptr for those that nobody wants; two a job
 template <class T>
 void run(Backward<T> job, const Backward<T>* then, const Tensor* const* targets, int64_t rows) {
   using C = headway::arithmetic_t<T>;
-  const int64_t n = job.n, kinds = then ? 4 : 2, parts = headway::parts_of(rows, rows * n);
+  const int64_t n = job.n, pitch = headway::whole_lines<C>(n), kinds = then ? 4 : 2, parts = headway::parts_of(rows, rows * n);
   const bool wanted = std::any_of(targets, targets + kinds, [](const Tensor* t) { return t != nullptr; });
-  std::vector<C> room(wanted ? parts * kinds * n : 0);
+  std::vector<C> room(wanted ? parts * kinds * pitch + headway::kLine / sizeof(C) : 0);
+  C* sums = headway::line_start(room.data());
   headway::for_parts(parts, [&](int64_t p) {
-    HEADWAY_CALL(backward_rows<T>, job, then, wanted ? room.data() + p * kinds * n : nullptr, p * rows / parts, (p + 1) * rows / parts);
+    HEADWAY_CALL(backward_rows<T>, job, then, wanted ? sums + p * kinds * pitch : nullptr, p * rows / parts, (p + 1) * rows / parts);
   });
   for (int64_t k = 0; k < kinds; k++) {
     if (!targets[k]) continue;
     C* to = data<C>(*targets[k]);
     for (int64_t p = 0; p < parts; p++) {
-      const C* from = room.data() + (p * kinds + k) * n;
+      const C* from = sums + (p * kinds + k) * pitch;
       for (int64_t i = 0; i < n; i++) to[i] = p ? to[i] + from[i] : from[i];
     }
   }

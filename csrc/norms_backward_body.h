@@ -71,13 +71,13 @@ static inline void backward_of(const Backward<T>& job, int64_t row, arithmetic_t
 }
 
 // rows [first, last) of a backward job, and of a second one that goes on from where the first ended, while the row is near;
-// sums holds the sums of gy * xh and of gy, n numbers each, of the first job and then of the second
+// sums holds the sums of gy * xh and of gy, whole_lines(n) numbers each, of the first job and then of the second
 template <class T>
 static void backward_rows(const Backward<T>& job, const Backward<T>* then, arithmetic_t<T>* sums, int64_t first, int64_t last) {
-  const int64_t n = job.n;
+  const int64_t pitch = headway::whole_lines<arithmetic_t<T>>(job.n);
   for (int64_t row = first; row < last; row++) {
-    backward_of(job, row, sums, sums ? sums + n : nullptr);
-    if (then) backward_of(*then, row, sums ? sums + 2 * n : nullptr, sums ? sums + 3 * n : nullptr);
+    backward_of(job, row, sums, sums ? sums + pitch : nullptr);
+    if (then) backward_of(*then, row, sums ? sums + 2 * pitch : nullptr, sums ? sums + 3 * pitch : nullptr);
   }
   if (job.past_caches || (then && then->past_caches)) std::atomic_thread_fence(std::memory_order_seq_cst);
 }

@@ -22,39 +22,46 @@ static inline void over(const T* a, int64_t n, F&& f) {
   }
 }
 
+template <int R, class C>
+static inline C total(const lane_t<C>* v) {
+  if constexpr (R == 1) return across<C>((v[0] + v[1]) + (v[2] + v[3]));
+  else return across<C>(v[0] + v[1]);
+}
+
+// 1 / sqrt(spread + eps) of R rows whose means are there
+template <int R, class T>
+static inline void spread_rows(const T* a, int64_t n, double eps, arithmetic_t<T>* stats) {
+  using C = arithmetic_t<T>;
+  lane_t<C> q[R][4 / R] = {};
+  C mean[R];
+  for (int r = 0; r < R; r++) mean[r] = stats[2 * r];
+  over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C> mask, int64_t) {
+    const lane_t<C> d = (v - mean[r]) * mask;
+    q[r][k] += d * d;
+  });
+  for (int r = 0; r < R; r++) stats[2 * r + 1] = C(1) / std::sqrt(total<R, C>(q[r]) * (C(1) / C(n)) + C(eps));
+}
+
 // mean (0 for the RMS norm, the sum for the compressed one) and 1 / sqrt(spread + eps) of R rows
 template <int R, class T>
 static inline void measure_rows(const T* a, int64_t n, Kind kind, double eps, arithmetic_t<T>* stats) {
   using C = arithmetic_t<T>;
-  C mean[R] = {}, shift[R] = {};
+  C shift[R] = {};
   lane_t<C> s[R][4 / R] = {}, q[R][4 / R] = {};
-  auto total = [](const lane_t<C>* v) {
-    if constexpr (R == 1) return across<C>((v[0] + v[1]) + (v[2] + v[3]));
-    else return across<C>(v[0] + v[1]);
-  };
-  if (kind != Kind::rms) {
-    // distances from the first number of the row, so that a large mean costs no digits in long rows
-    if (kind == Kind::layer)
-      for (int r = 0; r < R; r++) shift[r] = number(a[r * n]);
-    over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C> mask, int64_t) { s[r][k] += (v - shift[r]) * mask; });
-    for (int r = 0; r < R; r++) mean[r] = shift[r] + total(s[r]) * (C(1) / C(n));
-  }
   if (kind == Kind::layer) {
-    over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C> mask, int64_t) {
-      const lane_t<C> d = (v - mean[r]) * mask;
-      q[r][k] += d * d;
-    });
-  } else {
-    over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C>, int64_t) { q[r][k] += v * v; });
+    // distances from the first number of the row, so that a large mean costs no digits in long rows
+    for (int r = 0; r < R; r++) shift[r] = number(a[r * n]);
+    over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C> mask, int64_t) { s[r][k] += (v - shift[r]) * mask; });
+    for (int r = 0; r < R; r++) stats[2 * r] = shift[r] + total<R, C>(s[r]) * (C(1) / C(n));
+    return spread_rows<R>(a, n, eps, stats);
   }
+  const bool compressed = kind == Kind::compressed;
+  if (compressed) over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C>, int64_t) { s[r][k] += v, q[r][k] += v * v; });
+  else over<R>(a, n, [&](lane_t<C> v, int r, int k, lane_t<C>, int64_t) { q[r][k] += v * v; });
   for (int r = 0; r < R; r++) {
-    C spread = total(q[r]), share = C(1) / C(n);
-    if (kind == Kind::compressed) {
-      const C sum = total(s[r]);
-      mean[r] = sum, spread += sum * sum, share = C(1) / C(n + 1);
-    }
-    stats[2 * r] = mean[r];
-    stats[2 * r + 1] = C(1) / std::sqrt(spread * share + C(eps));
+    const C sum = compressed ? total<R, C>(s[r]) : C(0);
+    stats[2 * r] = sum;
+    stats[2 * r + 1] = C(1) / std::sqrt((total<R, C>(q[r]) + sum * sum) * (C(1) / C(n + compressed)) + C(eps));
   }
 }
 
@@ -91,30 +98,85 @@ static inline void normalised(const S* a, const arithmetic_t<S>* w, const arithm
   else scaled<false, false>(a, w, b, mean, rstd, n, ahead, f);
 }
 
-template <bool past_caches, class S, class T>
+template <class S, class T>
 static inline void write_row(const Forward<T>& job, const S* a, const arithmetic_t<T>* stats, T* y, int64_t ahead) {
   using C = arithmetic_t<T>;
-  normalised(a, job.w, job.b, stats, job.kind, job.n, ahead, [&](lane_t<C> v, int64_t i, int64_t count) {
-    if constexpr (past_caches) stream(y + i, v);
-    else if (count == Lane<C>::width) write(y + i, v);
-    else write_part(y + i, v, count);
-  });
+  auto go = [&](auto past_caches, auto at_once) {
+    normalised(a, job.w, job.b, stats, job.kind, job.n, ahead, [&](lane_t<C> v, int64_t i, int64_t count) {
+      if constexpr (past_caches()) stream<at_once()>(y + i, v);
+      else if (count == Lane<C>::width) write<at_once()>(y + i, v);
+      else write_part(y + i, v, count);
+    });
+  };
+  if constexpr (std::is_same_v<T, BFloat16> && HEADWAY_LEVEL == 2) {
+    if (job.at_once) return job.past_caches ? go(std::true_type{}, std::true_type{}) : go(std::false_type{}, std::true_type{});
+  }
+  job.past_caches ? go(std::true_type{}, std::false_type{}) : go(std::false_type{}, std::false_type{});
 }
 
-// the residual sum of a row, rounded to the tensor's type into h and, as the norm reads it, into `sum`
+// h = x + residual or norm(x) + residual of a row, rounded to the tensor's type, and its statistics, whose sums are taken on the
+// way; `sum` holds it as the norm reads it, which is what was rounded, so that forward and backward see the same numbers
 template <class T>
-static inline auto keep_sum(const T* residual, T* h, arithmetic_t<T>* sum) {
+static inline void add_row(const Forward<T>& job, int64_t row, arithmetic_t<T>* sum, arithmetic_t<T>* stats) {
   using C = arithmetic_t<T>;
-  return [=](lane_t<C> v, int64_t i, int64_t count) {
-    if (count == Lane<C>::width) {
-      write(h + i, v + read(residual + i));
-      // rounded, so that forward and backward see the same numbers
-      if constexpr (!std::is_same_v<T, C>) put(sum + i, read(h + i));
-    } else {
-      write_part(h + i, v + read_part(residual + i, count), count);
-      if constexpr (!std::is_same_v<T, C>) write_part(sum + i, read_part(h + i, count), count);
-    }
+  constexpr int64_t W = Lane<C>::width, K = 4;
+  constexpr bool own_room = !std::is_same_v<T, C>;
+  const int64_t n = job.n;
+  const T *x = job.x + row * n, *residual = job.residual + row * n;
+  T* h = job.h + row * n;
+  const C *w = job.first_w, *b = job.first_b;
+  C mean = 0, rstd = 1, shift = 0;
+  if (job.first_norm) {
+    measure_rows<1>(x, n, job.kind, job.eps, stats);
+    mean = stats[0], rstd = stats[1], stats += 2;
+  }
+  lane_t<C> s[K] = {};
+  auto pass = [&](auto normed, auto weight, auto bias, auto centred) {
+    auto z = [&](auto v, auto gain, auto offset) {
+      if constexpr (normed()) v = (v - mean) * rstd;
+      if constexpr (weight()) v = v * gain;
+      if constexpr (bias()) v = v + offset;
+      return v;
+    };
+    // any number near those of the row will do
+    if constexpr (centred()) shift = z(number(*x), weight() ? *w : C(0), bias() ? *b : C(0)) + number(*residual);
+    auto step = [&](int64_t i, int k, auto from, auto keep, auto mask) {
+      const lane_t<C> gain = weight() ? from(w + i) : lane_t<C>{}, offset = bias() ? from(b + i) : lane_t<C>{};
+      lane_t<C> v = z(from(x + i), gain, offset) + from(residual + i);
+      keep(h + i, v);
+      if constexpr (own_room) v = from(h + i), keep(sum + i, v);
+      if constexpr (centred()) s[k] += mask(v - shift);
+      else s[k] += v * v;
+    };
+    auto whole = [&](int64_t i, int k) {
+      step(i, k, [](const auto* a) { return read(a); }, [](auto* a, lane_t<C> v) { write(a, v); }, [](lane_t<C> v) { return v; });
+    };
+    int64_t i = 0;
+    for (; i + K * W <= n; i += K * W)
+      for (int k = 0; k < K; k++) whole(i + k * W, k);
+    for (; i + W <= n; i += W) whole(i, 0);
+    if (const int64_t rest = n - i)
+      step(i, 1, [=](const auto* a) { return read_part(a, rest); }, [=](auto* a, lane_t<C> v) { write_part(a, v, rest); },
+           [=](lane_t<C> v) { return v * mask_of<C>(rest); });
   };
+  auto affine = [&](auto centred) {
+    constexpr auto yes = std::true_type{};
+    constexpr auto no = std::false_type{};
+    // a bias without a weight comes with a weight of ones
+    if (!job.first_norm) pass(no, no, no, centred);
+    else if (b) pass(yes, yes, yes, centred);
+    else if (w) pass(yes, yes, no, centred);
+    else pass(yes, no, no, centred);
+  };
+  if (job.kind == Kind::layer) {
+    affine(std::true_type{});
+    stats[0] = shift + total<1, C>(s) * (C(1) / C(n));
+    if constexpr (own_room) spread_rows<1>(static_cast<const C*>(sum), n, job.eps, stats);
+    else spread_rows<1>(static_cast<const C*>(h), n, job.eps, stats);
+  } else {
+    affine(std::false_type{});
+    stats[0] = 0, stats[1] = C(1) / std::sqrt(total<1, C>(s) * (C(1) / C(n)) + C(job.eps));
+  }
 }
 
 // Rows of y = norm(x), two by two: the next two are measured before these are written, so that the long chain of their sums
@@ -133,35 +195,29 @@ static void plain_rows(const Forward<T>& job, int64_t first, int64_t last) {
   for (int64_t pair = first; pair < last; pair += 2) {
     measure(pair + 2);
     for (int64_t row = pair; row < std::min(pair + 2, last); row++)
-      job.past_caches ? write_row<true>(job, job.x + row * n, stats_of(row), job.y + row * n, ahead)
-                      : write_row<false>(job, job.x + row * n, stats_of(row), job.y + row * n, ahead);
+      write_row(job, job.x + row * n, stats_of(row), job.y + row * n, ahead);
   }
 }
 
-// rows of the jobs that add a residual: h = x + residual or norm(x) + residual, y = norm(h)
+// Rows of the jobs that add a residual, one by one, each added up before the one ahead of it is written: two at a time would be two
+// streams of each of the four tensors, which costs more beyond the nearest cache than it saves in it.
 template <class T>
 static void adding_rows(const Forward<T>& job, int64_t first, int64_t last) {
   using C = arithmetic_t<T>;
-  const int64_t n = job.n, each = job.first_norm ? 4 : 2;
+  constexpr bool own_room = !std::is_same_v<T, C>;
+  const int64_t n = job.n, pitch = headway::whole_lines<C>(n), wanted = 2 * pitch + headway::kLine / sizeof(C);
+  const int64_t each = job.first_norm ? 4 : 2;
   static thread_local std::vector<C> room;
-  if (!std::is_same_v<T, C> && static_cast<int64_t>(room.size()) < n) room.resize(n);
-  C spare[4];
+  if (own_room && static_cast<int64_t>(room.size()) < wanted) room.resize(wanted);
+  C spare[8], *sums = headway::line_start(room.data());
+  auto stats_of = [&](int64_t row) { return job.stats ? job.stats + each * row : spare + each * (row & 1); };
+  auto sum_of = [&](int64_t row) { return sums + pitch * (row & 1); };
+  auto write = [&](int64_t row, const auto* sum) { write_row(job, sum, stats_of(row) + each - 2, job.y + row * n, 0); };
+  add_row(job, first, sum_of(first), stats_of(first));
   for (int64_t row = first; row < last; row++) {
-    const T* x = job.x + row * n;
-    T *y = job.y + row * n, *h = job.h + row * n;
-    C* stats = job.stats ? job.stats + each * row : spare;
-    const C* sum = room.data();
-    if constexpr (std::is_same_v<T, C>) sum = h;
-    auto keep = keep_sum<T>(job.residual + row * n, h, room.data());
-    if (job.first_norm) {
-      measure_rows<1>(x, n, job.kind, job.eps, stats);
-      normalised(x, job.first_w, job.first_b, stats, job.kind, n, 0, keep);
-      stats += 2;
-    } else {
-      over<1>(x, n, [&](lane_t<C> v, int, int, lane_t<C>, int64_t i) { keep(v, i, std::min(Lane<C>::width, n - i)); });
-    }
-    measure_rows<1>(sum, n, job.kind, job.eps, stats);
-    job.past_caches ? write_row<true>(job, sum, stats, y, 0) : write_row<false>(job, sum, stats, y, 0);
+    if (row + 1 < last) add_row(job, row + 1, sum_of(row + 1), stats_of(row + 1));
+    if constexpr (own_room) write(row, static_cast<const C*>(sum_of(row)));
+    else write(row, static_cast<const C*>(job.h + row * n));
   }
 }
 

@@ -20,6 +20,7 @@ struct Forward {
   Kind kind;
   bool first_norm;   // the residual is added to norm(x) instead of x
   bool past_caches;  // y is written past the caches
+  bool at_once;      // y is rounded to bfloat16 by the processor's own instruction
 };
 
 template <class T>

@@ -43,6 +43,17 @@ static inline __m256i to_bfloat16(__m512 f) {
   const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), quiet);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
 }
+// the same where headway::rounds_bfloat16(), in one instruction, but numbers below 1.2e-38 become zero
+static inline __m256i to_bfloat16_at_once(__m512 f) {
+  __m256i rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(f));
+  return rounded;
+}
+// a bfloat16 is the upper half of a float: one instruction puts all of them there, with zeros below
+static inline __m512 from_bfloat16(__m256i raw) {
+  const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512(raw)));
+}
 #endif
 static inline void store_row(const float* from, BFloat16* to, int64_t n) {
   int64_t i = 0;
@@ -167,7 +178,7 @@ static inline lane_t<arithmetic_t<T>> read(const T* from) {
 #if HEADWAY_LEVEL == 2
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     if constexpr (std::is_same_v<T, BFloat16>)
-      return reinterpret_cast<lane_t<C>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      return reinterpret_cast<lane_t<C>>(from_bfloat16(raw));
     else
       return reinterpret_cast<lane_t<C>>(_mm512_cvtph_ps(raw));
 #else
@@ -177,18 +188,22 @@ static inline lane_t<arithmetic_t<T>> read(const T* from) {
 #endif
   }
 }
-template <class T>
+#if HEADWAY_LEVEL == 2
+template <class T, bool at_once>
+static inline __m256i rounded(__m512 f) {
+  if constexpr (std::is_same_v<T, Half>) return _mm512_cvtps_ph(f, 0);
+  else if constexpr (at_once) return to_bfloat16_at_once(f);
+  else return to_bfloat16(f);
+}
+#endif
+template <bool at_once = false, class T>
 static inline void write(T* to, lane_t<arithmetic_t<T>> v) {
   using C = arithmetic_t<T>;
   if constexpr (std::is_same_v<T, C>) {
     put(to, v);
   } else {
 #if HEADWAY_LEVEL == 2
-    const __m512 f = reinterpret_cast<__m512>(v);
-    __m256i packed;
-    if constexpr (std::is_same_v<T, BFloat16>) packed = to_bfloat16(f);
-    else packed = _mm512_cvtps_ph(f, 0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded<T, at_once>(reinterpret_cast<__m512>(v)));
 #else
     alignas(64) C wide[Lane<C>::width];
     put(wide, v);
@@ -208,7 +223,7 @@ static inline lane_t<arithmetic_t<T>> read_part(const T* from, int64_t count) {
   } else {
     const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
     if constexpr (std::is_same_v<T, BFloat16>)
-      return reinterpret_cast<lane_t<C>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      return reinterpret_cast<lane_t<C>>(from_bfloat16(raw));
     else
       return reinterpret_cast<lane_t<C>>(_mm512_cvtph_ps(raw));
   }
@@ -251,17 +266,15 @@ static inline lane_t<C> mask_of(int64_t count) {
   return get(table.v + Lane<C>::width - count);
 }
 // a lane written past the caches; `to` lies on a boundary of the lane's own size
-template <class T>
+template <bool at_once = false, class T>
 static inline void stream(T* to, lane_t<arithmetic_t<T>> v) {
 #if HEADWAY_LEVEL == 2
   if constexpr (std::is_same_v<T, float>) {
     _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
   } else if constexpr (std::is_same_v<T, double>) {
     _mm512_stream_pd(to, reinterpret_cast<__m512d>(v));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), to_bfloat16(reinterpret_cast<__m512>(v)));
   } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), rounded<T, at_once>(reinterpret_cast<__m512>(v)));
   }
 #elif HEADWAY_LEVEL == 1
   if constexpr (std::is_same_v<T, float>) {

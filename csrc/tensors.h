@@ -91,9 +91,10 @@ const C* parameter(const Maybe& given, std::vector<C>& room, double offset = 0) 
   const bool same = p.scalar_type() == (std::is_same_v<C, double> ? ScalarType::Double : ScalarType::Float);
   if (same && offset == 0 && p.is_contiguous()) return data<C>(p);
   const Tensor source = packed(p);
-  room.resize(p.numel());
-  dispatch(source, [&](auto zero) { HEADWAY_CALL(convert, data<decltype(zero)>(source), room.data(), p.numel(), offset); });
-  return room.data();
+  room.resize(p.numel() + kLine / sizeof(C));
+  C* to = line_start(room.data());
+  dispatch(source, [&](auto zero) { HEADWAY_CALL(convert, data<decltype(zero)>(source), to, p.numel(), offset); });
+  return to;
 }
 
 // work(part) for every part, in threads where there are several

@@ -362,6 +362,11 @@ def test_every_instruction_set_and_the_plain_version_give_the_same_numbers(tmp_p
         "            *norm_add_norm(x, x, w, w, output_bias=w)):\n"
         "    grads = torch.autograd.grad((y * y.detach()).sum(), (x, w), allow_unused=True, retain_graph=True)\n"
         "    found += [y, *(t for t in grads if t is not None)]\n"
+        "x, w = torch.randn(40, 83, generator=g).bfloat16(), torch.rand(83, generator=g)\n"
+        "for norm in (lambda a: layer_norm(a, 83, w, w), lambda a: add_norm(a, torch.zeros_like(a), w, w)[0]):\n"
+        "  differ = norm(x) != norm(x.float()).bfloat16()\n"
+        "  assert differ.float().mean() < 0.01, 'not rounded to the nearest bfloat16'\n"
+        "  x[3, 7] = float('nan'); assert norm(x)[3].isnan().all() and norm(x).isnan().sum() == 83; x[3, 7] = 0\n"
         "torch.save([t.detach() for t in found], sys.argv[1])"
     )
     results = []
