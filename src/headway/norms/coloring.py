@@ -61,13 +61,13 @@ def blocked(x: Tensor, groups: int) -> Tensor:
     return x.reshape(x.shape[0] * groups, x.shape[1] // groups, x.shape[2])
 
 
-def pooled_covariance(z: Tensor, groups: int, count: int, eps: float, sync: bool = False) -> Tensor:
-    """(G, n, n) of centred features (B, C, P)."""
-    blocks, n = blocked(z, groups), z.shape[1] // groups
-    products = block_gram(blocks).view(-1, groups, n, n).sum(0)
-    if sync:
-        products = Everywhere.apply(products)
-    return products / (count - 1) + eps * torch.eye(n, dtype=z.dtype, device=z.device)  # type: ignore[operator]
+def pooled_covariance(products: Tensor, groups: int, count: int, eps: float, several: bool = False) -> Tensor:
+    """Sigma (G, n, n) from the products z z^T of every image's groups, (B G, n, n), over ``count`` positions."""
+    n = products.shape[1]
+    total = products.view(-1, groups, n, n).sum(0)
+    if several:
+        total = Everywhere.apply(total)
+    return total / (count - 1) + eps * torch.eye(n, dtype=products.dtype, device=products.device)  # type: ignore[operator]
 
 
 def group_covariance(z: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
@@ -81,7 +81,8 @@ def group_covariance(z: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
     with full_precision(z):
         x = wide(z).flatten(2)
         count = enough_positions(x.shape[0] * x.shape[2], z)
-        return pooled_covariance(x - x.mean((0, 2), keepdim=True), groups, count, eps)
+        z = x - x.mean((0, 2), keepdim=True)
+        return pooled_covariance(block_gram(blocked(z, groups)), groups, count, eps)
 
 
 def enough_positions(count: int, x: Tensor) -> int:

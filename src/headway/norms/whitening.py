@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.blocks import block_product
+from headway.kernels.blocks import color_blocks
 from headway.kernels.planes import together
 from headway.norms.coloring import (
     ColoringTarget,
@@ -99,30 +99,29 @@ def group_wct(
     groups, n = K.shape[1], K.shape[2]
     several, x = together(sync), content.flatten(2)
     with full_precision(content):
-        z, mean, count = _centred(x, stats, several)
+        mean, count = _means(x, stats, several)
         U, _ = coloring_factors(K)
-        cov = pooled_covariance(z, groups, count, eps, several)
         # y = c + alpha ((X - I) z + mu - mean): one product, and exactly c where alpha is 0
         change = alpha * (coloring_matrix(K, U) - torch.eye(n, dtype=U.dtype, device=U.device))
-        shift = (alpha * (wide(mu)[..., None] - mean)).to(x.dtype)
-        product = block_product(change.to(x.dtype).flatten(0, 1), blocked(z.to(x.dtype), groups))
-        y = product.view(x.shape).add_(x).add_(shift)
+        mean = mean.expand(x.shape[:2])
+        shift = alpha * (wide(mu) - mean)
+        y, products = color_blocks(
+            blocked(x, groups), mean.reshape(-1, n), change.to(mean.dtype).flatten(0, 1), shift.reshape(-1, n)
+        )
+        cov = pooled_covariance(products, groups, count, eps, several)
     return y.view(content.shape), GDWCTTerms(cov, U)
 
 
-def _centred(x: Tensor, stats: Stats, several: bool) -> tuple[Tensor, Tensor, int]:
-    """z (B, C, P), the means (1 or B, C, 1), and the positions that Sigma is taken over."""
-    x = wide(x)
-    count, sums = x.shape[0] * x.shape[2], x.sum(2, keepdim=True)
+def _means(x: Tensor, stats: Stats, several: bool) -> tuple[Tensor, int]:
+    """The means that z is taken from, (1 or B, C), and the positions that Sigma is taken over."""
+    count, sums = x.shape[0] * x.shape[2], x.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
     if several:
         count = int(Everywhere.apply(torch.tensor(count, device=x.device)))  # type: ignore[arg-type]
     enough_positions(count, x)
     if stats == "instance":
-        mean = sums / enough_positions(x.shape[2], x[:1])
-    else:
-        total = sums.sum(0, keepdim=True)
-        mean = (Everywhere.apply(total) if several else total) / count  # type: ignore[operator]
-    return x - mean, mean, count
+        return sums / enough_positions(x.shape[2], x[:1]), count
+    total = sums.sum(0, keepdim=True)
+    return (Everywhere.apply(total) if several else total) / count, count  # type: ignore[operator]
 
 
 def mlp(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:

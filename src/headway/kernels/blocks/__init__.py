@@ -4,6 +4,9 @@
     block_outer     (K, n, P), (K, n, P) -> (K, n, n)
     block_gram      (K, n, P) -> (K, n, n), symmetric: the gradient of z is (G + G^T) z, one product instead of two
 
+and ``color_blocks``, the forward pass of a block of :class:`headway.norms.GDWCT`: y = x + A z + shift and z z^T of z = x - mean, read
+once and written once by the C++ body, which keeps the tile of z that both products need in the caches.
+
 In float32 on a CPU large blocks go through oneDNN one by one, which takes half the time of the batched product that PyTorch has; small
 ones do not pay for the calls. Each derivative is made of the same operations, so that there are derivatives of every order.
 :mod:`.reference` is the truth they are tested against.
@@ -20,7 +23,7 @@ from headway.kernels.blocks import reference
 from headway.kernels.library import define
 from headway.kernels.products import has_onednn, linear
 
-_LARGE, _WIDE = 64, 2048
+_LARGE, _WIDE, _FUSED = 64, 2048, 128
 
 
 def _one_by_one(x: Tensor, small: int) -> bool:
@@ -63,6 +66,47 @@ def _gram_backward(ctx: Any, g: Tensor) -> Tensor:
     return block_product(g + g.mT, *ctx.saved_tensors)
 
 
+def _color(x: Tensor, mean: Tensor, change: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and x.shape[1] <= _FUSED:
+        return _color_float_op(x, mean, change, shift)
+    z = x.to(mean.dtype) - mean[..., None]
+    y = _product(change.to(x.dtype), z.to(x.dtype)).add_(x).add_(shift.to(x.dtype)[..., None])
+    return y, _outer(z, z)
+
+
+def _color_backward(ctx: Any, gy: Tensor, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, change = ctx.saved_tensors
+    z, S = x.to(mean.dtype) - mean[..., None], g + g.mT
+    back = block_product(change.to(gy.dtype).mT, gy)
+    whole = block_product(S, z)
+    g_mean = -back.sum(2).to(mean.dtype)
+    if torch.is_grad_enabled():  # the sum over z is 0, its derivative is not
+        g_mean = g_mean - whole.sum(2)
+    g_change = block_outer(gy, z.to(gy.dtype)).to(change.dtype)
+    return whole.to(x.dtype) + back + gy, g_mean, g_change, gy.sum(2, dtype=mean.dtype)
+
+
+def _keep_three(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _fake_color(x: Tensor, mean: Tensor, change: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), mean.new_empty(change.shape)
+
+
+_color_float_op = define(
+    "color_blocks_float(Tensor x, Tensor mean, Tensor change, Tensor shift) -> (Tensor, Tensor)",
+    reference.color_blocks,
+    _fake_color,
+    native="blocks",
+)
+_color_op = define(
+    "color_blocks(Tensor x, Tensor mean, Tensor change, Tensor shift) -> (Tensor, Tensor)",
+    _color,
+    _fake_color,
+    _keep_three,
+    _color_backward,
+)
 _product_op = define(
     "block_product(Tensor W, Tensor z) -> Tensor",
     _product,
@@ -99,3 +143,15 @@ def block_outer(a: Tensor, b: Tensor) -> Tensor:
 def block_gram(z: Tensor) -> Tensor:
     """z z^T: (K, n, P) -> (K, n, n)."""
     return _gram_op(z)
+
+
+def color_blocks(x: Tensor, mean: Tensor, change: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """x + A z + shift (K, n, P) and z z^T (K, n, n) of z = x - mean.
+
+    Args:
+        x: (K, n, P).
+        mean: (K, n), float32 or wider, of which z's own mean is to be 0 together with the other blocks': no gradient of z z^T goes
+            through it.
+        change: A, (K, n, n). shift: (K, n).
+    """
+    return _color_op(x, mean, change, shift)
