@@ -19,7 +19,13 @@ ARMS = [
 
 def test_every_arm_of_the_comparison_trains(tmp_path):
     table = hw.compare(
-        "digits-random-features(depth=1, width=4)", ARMS, seeds=1, budget="6 steps", store=tmp_path / "runs.sqlite"
+        "digits-random-features(depth=1, width=4)",
+        ARMS,
+        1,
+        "3 steps",
+        store=tmp_path / "runs.sqlite",
+        evaluations=1,
+        probe=False,
     )
     assert table.arms == ARMS and not table.failures and table.finished
 
