@@ -94,3 +94,27 @@ def misbehave(folder: str, how: str, port: int = 0) -> None:
 
     threading.Thread(target=accept, daemon=True).start()
     tell(folder, f"http://127.0.0.1:{server.getsockname()[1]}")
+
+
+def renorm_passes(part: slice, sync: bool) -> dict[str, torch.Tensor]:
+    """Three training passes of batch renormalisation over a part of each batch: outputs, gradients, statistics."""
+    from headway.learning.cloud_edge.renorm import BatchRenorm
+
+    layer = BatchRenorm(3, sync=sync, dtype=torch.float64)
+    for i in range(3):
+        draw = torch.Generator().manual_seed(i)
+        batch, upstream = (torch.randn(6, 3, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+        x = (batch * 2 + i)[part].requires_grad_()
+        y = layer(x)
+        y.backward(upstream[part])
+    gradients = {"weight": layer.weight.grad, "bias": layer.bias.grad}
+    return {"y": y.detach(), "x": x.grad, **gradients, "mean": layer.running_mean, "var": layer.running_var}
+
+
+def renorm_rank(rank: int, folder: str) -> None:
+    """One of two processes that share each batch; leaves what it saw in a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        torch.save(renorm_passes(slice(0, 2) if rank == 0 else slice(2, 6), True), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()

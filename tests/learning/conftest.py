@@ -45,26 +45,33 @@ class Child:
         self.process.join()
 
 
-@pytest.fixture
-def child(nets):
-    """Starts real serving processes fast, and ends them whatever becomes of the test. One thread on both sides: another number
-    would add in another order."""
-    before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(scope="session")
+def forks(nets):
+    """Starts real processes fast: a server that has imported everything is forked for each."""
+    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "torch._dynamo", "headway.learning.cloud_edge.server", "cloud_edge_children"]
     )
+    yield context
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@pytest.fixture
+def child(forks):
+    """Starts serving processes, and ends them whatever becomes of the test. One thread on both sides: another number would add in
+    another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     children = []
 
     def start(target, folder, *arguments, **options):
-        children.append(Child(context, target, folder, *arguments, **options))
+        children.append(Child(forks, target, folder, *arguments, **options))
         return children[-1]
 
     yield start
     for one in children:
         one.kill()
     torch.set_num_threads(threads)
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from headway.learning.cloud_edge.adaptation import Adapter, Settings, prepare
+from headway.learning.cloud_edge.adaptation import Adapter
 from headway.learning.cloud_edge.affine import (
     architecture_hash,
     named_affine_parameters,
@@ -22,6 +22,7 @@ from headway.learning.cloud_edge.cloud import CloudServer
 from headway.learning.cloud_edge.messages import BadMessage, Request, check_codec, decode, encode, pack, unpack
 from headway.learning.cloud_edge.renorm import BatchRenorm
 from headway.learning.cloud_edge.selection import EntropyThreshold
+from headway.learning.cloud_edge.settings import Settings, prepare
 from headway.learning.cloud_edge.simulation import simulate
 
 HI = 0.82  # of ln 4: splits the entropies of the tests' networks

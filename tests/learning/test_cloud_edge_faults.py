@@ -265,3 +265,15 @@ def test_the_command_serves_saves_when_told_to_stop_and_goes_on(nets, tmp_path):
         server.stdout.close()
     again = CloudServer(nets.edge(), nets.foundation(), batch_size=8, state_dir=tmp_path)
     assert again.deployment("a").published.version == 2 and again.deployment("a").sequences == {"a": 1}
+
+
+def test_the_example_adapts_over_loopback(nets, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    import cloud_edge as example
+
+    networks = [example.trained(name, tmp_path, epochs=2) for name in example.WIDTHS]
+    cloud = CloudServer(*networks, state_dir=tmp_path / "state")
+    with HTTPFrontEnd(cloud) as front:
+        assert 0 < example.edge(front.url, batches=50, pause=0.002, folder=tmp_path) <= 100
+    assert "batch 50: " in capsys.readouterr().out
+    assert list((tmp_path / "state").glob("*.safetensors"))

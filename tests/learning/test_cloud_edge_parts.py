@@ -325,3 +325,21 @@ def test_only_norms_go_in_training_mode():
     assert [module.training for module in net] == [False, True, True]
     only_norms_train(net, False)
     assert not any(module.training for module in net.modules())
+
+
+def test_two_processes_that_share_a_batch_are_one_with_the_whole_of_it(nets, forks, tmp_path):
+    processes = [forks.Process(target=nets.renorm_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = nets.renorm_passes(slice(0, 6), False)
+    for name in ("y", "x"):
+        torch.testing.assert_close(torch.cat([a[name], b[name]]), whole[name])
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(a[name] + b[name], whole[name])
+    for name in ("mean", "var"):
+        torch.testing.assert_close(a[name], whole[name])
+        assert torch.equal(a[name], b[name])

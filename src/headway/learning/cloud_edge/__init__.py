@@ -27,7 +27,7 @@ _NAMES = {
     "asgi_app": "headway.learning.cloud_edge.server",
     "simulate": "headway.learning.cloud_edge.simulation",
     "Simulation": "headway.learning.cloud_edge.simulation",
-    "Settings": "headway.learning.cloud_edge.adaptation",
+    "Settings": "headway.learning.cloud_edge.settings",
     "EntropyThreshold": "headway.learning.cloud_edge.selection",
     "RedundancyFilter": "headway.learning.cloud_edge.selection",
     "RandomSelection": "headway.learning.cloud_edge.selection",

@@ -25,10 +25,10 @@ from urllib.parse import parse_qsl, urlsplit
 import torch
 from torch import nn
 
-from headway.learning.cloud_edge.adaptation import Settings, prepare
 from headway.learning.cloud_edge.affine import architecture_hash, class_count, count, weights_checksum
 from headway.learning.cloud_edge.deployment import Deployment
 from headway.learning.cloud_edge.messages import BadMessage, Request, Response, decode, parse_json, unpack
+from headway.learning.cloud_edge.settings import Settings, prepare
 from headway.learning.cloud_edge.workshop import Workshop
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class CloudServer:
     Args:
         edge_model: the network of the devices, with the very weights they start from.
         foundation_model: the teacher, for the same classes.
-        batch_size, replay, edge_lr, cloud_lr, **settings: see :class:`~headway.learning.cloud_edge.adaptation.Settings`.
+        batch_size, replay, edge_lr, cloud_lr, **settings: see :class:`~headway.learning.cloud_edge.settings.Settings`.
         state_dir: a folder in which everything is kept across restarts; nothing is kept without it.
         shared: one adapted copy for all edges instead of one each.
         token: what edges must show as "Authorization: Bearer ..."; None lets everybody in.

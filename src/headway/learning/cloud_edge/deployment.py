@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.learning.cloud_edge.adaptation import Adapter, Settings
+from headway.learning.cloud_edge.adaptation import Adapter
 from headway.learning.cloud_edge.affine import Samples, checksum, count, travelling
 from headway.learning.cloud_edge.messages import pack
 from headway.learning.cloud_edge.saved import StateFolder
+from headway.learning.cloud_edge.settings import Settings
 
 
 @dataclass(frozen=True)

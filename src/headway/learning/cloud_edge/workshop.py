@@ -9,9 +9,9 @@ import threading
 import torch
 from torch import nn
 
-from headway.learning.cloud_edge.adaptation import Settings
 from headway.learning.cloud_edge.deployment import Deployment
 from headway.learning.cloud_edge.saved import StateFolder, new_epoch
+from headway.learning.cloud_edge.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Workshop:
     ``news`` guards ``copies``, ``of_edge`` and every inbox, and is notified of whatever happens.
 
     Args:
-        models: from :func:`~headway.learning.cloud_edge.adaptation.prepare`.
+        models: from :func:`~headway.learning.cloud_edge.settings.prepare`.
         architecture: the edge network's hash; a folder with the state of another one is refused.
         state_dir: where state is kept, or None.
         checkpoint_every: steps between two writes.
