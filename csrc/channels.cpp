@@ -1,9 +1,4 @@
 // CPU bodies of the norms with channel statistics: headway::unified_norm, power_norm, their backwards, and what they are made of.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "numbers.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -35,19 +31,18 @@ struct UnifiedStep {
 #define HEADWAY_BODY "channels_body.h"
 #include "isa.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using headway::Maybe;
+using headway::ScalarType;
+using headway::Tensor;
+using headway::data;
+using headway::like;
+using headway::packed;
+using headway::vector;
+using headway::wide_type;
 using Doubles = std::vector<double>;
 
 namespace {
 constexpr int64_t kGrain = 16384;  // entries below which a task is not worth starting
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class F>
 auto dispatch(const Tensor& x, F&& f) {
@@ -59,17 +54,6 @@ auto dispatch(const Tensor& x, F&& f) {
     default: throw std::runtime_error("channel statistics take float32, float64, bfloat16 or float16");
   }
 }
-ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[8], step = 1, dims = sizes.size();
-  for (int64_t d = dims - 1; d >= 0; d--) strides[d] = step, step *= std::max<int64_t>(1, sizes.begin()[d]);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.begin(), strides, static_cast<int32_t>(type), 0, 0, &handle));
-  return Tensor(handle);
-}
-
 // a vector of any floating type, in double; `missing` where there is none
 Doubles numbers(const Maybe& given, int64_t n, double missing) {
   Doubles out(n, missing);
@@ -182,7 +166,7 @@ void gradient(const Tensor& gy, const Tensor& x, const Tensor& gx, const Shape& 
 }
 
 Tensor doubles(const Doubles& from) {
-  Tensor t = allocate({int64_t(from.size())}, ScalarType::Double);
+  Tensor t = vector(from.size(), ScalarType::Double);
   std::copy(from.begin(), from.end(), data<double>(t));
   return t;
 }
@@ -202,7 +186,7 @@ Doubles inverse_root(const Doubles& square, double eps) {
 // vectors and flags one behind the other, in the arithmetic type of x
 Tensor keep(const Tensor& x, std::initializer_list<const Doubles*> vectors, std::initializer_list<double> flags) {
   const int64_t n = (*vectors.begin())->size(), width = int64_t(vectors.size()) * n + int64_t(flags.size());
-  Tensor kept = allocate({width}, arithmetic(x));
+  Tensor kept = vector(width, wide_type(x));
   Doubles all;
   all.reserve(width);
   for (const Doubles* v : vectors) all.insert(all.end(), v->begin(), v->end());
@@ -238,7 +222,7 @@ Tensor column_products(const Tensor& gradient, const Tensor& given, const Maybe&
 Tensor channel_scale(const Tensor& given, const Tensor& square, const Maybe& weight, const Maybe& bias, int64_t groups, double eps) {
   const Tensor x = packed(given);
   const Shape s(x, std::nullopt, groups);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = like(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     scale<T>(x, y, s, eps, nullptr, false, times(numbers(weight, s.n, 1), inverse_root(numbers(square, s.n, 1), eps)),
@@ -254,7 +238,7 @@ std::tuple<Tensor, Tensor> unified_norm(const Tensor& given, const Maybe& weight
   const Tensor x = packed(given);
   const Shape s(x, pad_mask, 0);
   const int64_t n = s.n, rows = window.size(0);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = like(x);
   Tensor kept = dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     Doubles q = sums && sums->defined() ? read(*sums) : squares<T>(x, s, eps, nullptr);
@@ -288,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> unified_norm_backward(const Tensor& gradient_
   const Tensor gy = packed(gradient_y), x = packed(given);
   const Shape s(x, pad_mask, 0);
   const int64_t n = s.n, rows = window.size(0);
-  Tensor gx = torch::stable::empty_like(x), gw = allocate({n}, arithmetic(x)), gb = allocate({n}, arithmetic(x));
+  Tensor gx = like(x), gw = vector(n, wide_type(x)), gb = vector(n, wide_type(x));
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     const Doubles here = own && own->defined() ? read(*own) : products<T>(gy, x, s, nullptr);
@@ -333,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor> power_norm(const Tensor& given, const Maybe& 
   const Tensor x = packed(given);
   const Shape s(x, pad_mask, groups);
   const int64_t n = s.n;
-  Tensor y = torch::stable::empty_like(x), rstd = allocate({s.groups_room}, arithmetic(x));
+  Tensor y = like(x), rstd = vector(s.groups_room, wide_type(x));
   Tensor kept = dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     auto* room = group_room<headway::arithmetic_t<T>>(rstd);
@@ -370,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor> power_norm_backward(const Tensor& gradient_y,
   const Tensor gy = packed(gradient_y), x = packed(given);
   const Shape s(x, pad_mask, groups);
   const int64_t n = s.n;
-  Tensor gx = torch::stable::empty_like(x), gw = allocate({n}, arithmetic(x)), gb = allocate({n}, arithmetic(x));
+  Tensor gx = like(x), gw = vector(n, wide_type(x)), gb = vector(n, wide_type(x));
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     auto* room = group_room<headway::arithmetic_t<T>>(rstd);

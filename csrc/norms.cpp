@@ -1,4 +1,4 @@
-// CPU bodies of headway::layer_norm, rms_norm, crms_norm, add_norm and norm_add_norm over rows of n numbers.
+// CPU bodies of headway::norm, layer_norm, rms_norm, crms_norm, add_norm and norm_add_norm over rows of n numbers.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -67,22 +67,29 @@ Tensor stats_for(const Tensor& x, int64_t n, int64_t each, bool keep) {
   return headway::matrix(keep && n ? x.numel() / n : 0, each, headway::wide_type(x));
 }
 
-std::tuple<Tensor, Tensor> norm(const Tensor& given, const Maybe& weight, const Maybe& bias, int64_t n, double eps, Kind kind, double offset,
-                                bool keep) {
+std::tuple<Tensor, Tensor> measured(const Tensor& given, const Maybe& weight, const Maybe& bias, int64_t n, double eps, Kind kind,
+                                    double offset) {
   const Tensor x = packed(given);
-  Tensor y = like(x), stats = stats_for(x, n, 2, keep);
+  Tensor y = like(x), stats = stats_for(x, n, 2, true);
   run(x, nullptr, nullptr, {weight, bias}, y, nullptr, &stats, n, eps, kind, offset);
   return {y, stats};
 }
 
-std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Maybe& weight, const Maybe& bias, int64_t n, double eps, bool keep) {
-  return norm(x, weight, bias, n, eps, Kind::layer, 0, keep);
+// kind: 0 layer norm, 1 RMS norm, 2 compressed RMS norm
+Tensor norm(const Tensor& given, const Maybe& weight, const Maybe& bias, int64_t n, double eps, int64_t kind, double offset) {
+  const Tensor x = packed(given);
+  Tensor y = like(x);
+  run(x, nullptr, nullptr, {weight, bias}, y, nullptr, nullptr, n, eps, Kind(kind), offset);
+  return y;
 }
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Maybe& weight, const Maybe& bias, int64_t n, double eps, double offset, bool keep) {
-  return norm(x, weight, bias, n, eps, Kind::rms, offset, keep);
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Maybe& weight, const Maybe& bias, int64_t n, double eps) {
+  return measured(x, weight, bias, n, eps, Kind::layer, 0);
 }
-std::tuple<Tensor, Tensor> crms_norm(const Tensor& z, double eps, bool keep) {
-  return norm(z, std::nullopt, std::nullopt, z.size(-1), eps, Kind::compressed, 0, keep);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Maybe& weight, const Maybe& bias, int64_t n, double eps, double offset) {
+  return measured(x, weight, bias, n, eps, Kind::rms, offset);
+}
+std::tuple<Tensor, Tensor> crms_norm(const Tensor& z, double eps) {
+  return measured(z, std::nullopt, std::nullopt, z.size(-1), eps, Kind::compressed, 0);
 }
 void layer_norm_out(const Tensor& x, const Maybe& weight, const Maybe& bias, int64_t n, double eps, Tensor y) {
   run(x, nullptr, nullptr, {weight, bias}, y, nullptr, nullptr, n, eps, Kind::layer, 0);
@@ -111,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_add_norm(const Tensor& branch, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(headway, CPU, m) {
+  m.impl("norm", TORCH_BOX(&norm));
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("crms_norm", TORCH_BOX(&crms_norm));

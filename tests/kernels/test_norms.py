@@ -26,6 +26,7 @@ from headway.kernels.norms import (
 )
 from headway.kernels.norms import operators as ops
 from headway.kernels.norms.gradients import channel_norm_backward, norm_add_norm_backward, norm_backward
+from headway.kernels.norms.reference import COMPRESSED, LAYER, RMS
 
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -104,6 +105,21 @@ def test_last_axis_layer_equals_torch_forward_and_backward():
             torch.autograd.grad(y, ours, g.to(dtype)), torch.autograd.grad(z, theirs, g.to(dtype)), strict=True
         ):
             torch.testing.assert_close(a, b_, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [layer_norm, rms_norm])
+def test_a_norm_over_two_axes_is_that_of_the_row_they_make(function):
+    x, w, b = numbers(3, 4, 6), numbers(4, 6, seed=1), numbers(4, 6, seed=2)
+    flat = function(x.flatten(1), 24, w.flatten(), b.flatten()).reshape(x.shape)
+    torch.testing.assert_close(function(x, (4, 6), w, b), flat)
+    leaf = w.clone().requires_grad_()
+    function(x, (4, 6), leaf, b).square().sum().backward()
+    assert leaf.grad is not None and leaf.grad.shape == w.shape
+
+
+def test_functorch_transforms_are_refused_by_name():
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda a: rms_norm(a, 8).sum())(numbers(3, 8))
 
 
 def test_a_gain_offset_of_one_reads_the_weight_as_one_plus_weight():
@@ -280,13 +296,15 @@ def test_every_operator_passes_opcheck(rms):
     plain = [t.detach() for t in (x, r, w, b)]
     stats = torch.rand(4, 2)
     if rms:
-        opcheck(ops.rms_norm, (x, w, b, 6, 1e-5, 1.0, True))
+        opcheck(ops.rms_norm, (x, w, b, 6, 1e-5, 1.0))
         opcheck(ops.rms_norm_out, (plain[0], plain[2], None, 6, 1e-5, 0.0, torch.empty(4, 6)))
-        opcheck(ops.crms_norm, (x, 1e-5, True))
+        opcheck(ops.crms_norm, (x, 1e-5))
         opcheck(norm_backward, (plain[0], None, plain[1], stats, None, 6, 2, 0.0, False, False))
     else:
-        opcheck(ops.layer_norm, (x, w, b, 6, 1e-5, True))
-        opcheck(ops.layer_norm, (x, None, None, 6, 1e-5, True))
+        opcheck(ops.layer_norm, (x, w, b, 6, 1e-5))
+        opcheck(ops.layer_norm, (x, None, None, 6, 1e-5))
+        for kind in (LAYER, RMS, COMPRESSED):
+            opcheck(ops.norm, (plain[0], plain[2], plain[3], 6, 1e-5, kind, 0.0))
         opcheck(ops.layer_norm_out, (plain[0], plain[2], plain[3], 6, 1e-5, torch.empty(4, 6)))
     opcheck(ops.add_norm, (x, r, w, b, 6, 1e-5, rms, 0.0, True))
     opcheck(ops.norm_add_norm, (f, x, w, b, w, None, 6, 1e-5, rms, 0.0, True))

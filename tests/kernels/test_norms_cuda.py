@@ -43,9 +43,10 @@ for dtype, n in CASES:
             offset = 1.0 if kind == RMS and w is not None else 0.0
             what = kind, n, affine
             if kind == RMS:
-                y, stats = cuda.rms_norm(x, w, b, n, 1e-5, offset, True)
+                y, stats = cuda.rms_norm(x, w, b, n, 1e-5, offset)
             else:
-                y, stats = cuda.layer_norm(x, w, b, n, 1e-5, True)
+                y, stats = cuda.layer_norm(x, w, b, n, 1e-5)
+            assert torch.equal(cuda.norm(x, w, b, n, 1e-5, kind, offset), y), what
             assert y.dtype == dtype
             wanted, wanted_stats = reference.rows(wide(x), wide(w), wide(b), n, 1e-5, kind, offset)
             close(y, wanted, dtype, ("y", *what))
@@ -66,14 +67,14 @@ for dtype, n in CASES:
 
 x = draw(6, 4, 10).permute(2, 1, 0)
 wanted = reference.rows(x.double(), None, None, 6, 1e-5, LAYER)[0]
-close(cuda.layer_norm(x, None, None, 6, 1e-5, False)[0], wanted, torch.float32, "strides")
+close(cuda.norm(x, None, None, 6, 1e-5, LAYER, 0.0), wanted, torch.float32, "strides")
 shifted = draw(4, 200) + 1e4
 wanted = reference.rows(shifted.double(), None, None, 200, 1e-5, LAYER)[0]
-close(cuda.layer_norm(shifted, None, None, 200, 1e-5, False)[0], wanted, torch.float16, "mean")
-assert cuda.layer_norm(torch.empty(0, 8), None, None, 8, 1e-5, True)[1].shape == (0, 2)
-assert cuda.rms_norm(x.double(), None, None, 6, 1e-5, 0.0, True)[0].dtype == torch.float64
+close(cuda.norm(shifted, None, None, 200, 1e-5, LAYER, 0.0), wanted, torch.float16, "mean")
+assert cuda.layer_norm(torch.empty(0, 8), None, None, 8, 1e-5)[1].shape == (0, 2)
+assert cuda.rms_norm(x.double(), None, None, 6, 1e-5, 0.0)[0].dtype == torch.float64
 bad = draw(5, 100); bad[2, 3] = float("nan")
-y = cuda.layer_norm(bad, None, None, 100, 1e-5, False)[0]
+y = cuda.norm(bad, None, None, 100, 1e-5, LAYER, 0.0)
 assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 """
 

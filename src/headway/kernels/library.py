@@ -21,6 +21,19 @@ _LIBRARY = torch.library.Library("headway", "FRAGMENT")
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+class Function(torch.autograd.Function):
+    """``torch.autograd.Function`` with an ``apply`` of a third the cost: without the steps that serve functorch's transforms alone.
+
+    Those transforms are refused with PyTorch's own words, as for any ``Function`` without ``setup_context``.
+    """
+
+    @classmethod
+    def apply(cls, *args):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 @cache
 def load(operation: str) -> bool:
     """Loads the C++ body of ``operation`` if it was built; False (and plain torch) otherwise.

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.channels import channel_scale, power_norm
+from headway.kernels.channels import power_norm
 from headway.kernels.norms import rms_norm
 from headway.norms.unified import ChannelStatistics
 from headway.surgery import Site
@@ -145,7 +145,7 @@ class PowerNorm(ChannelStatistics):
         self._check(x, pad_mask)
         groups, exact = self.group_num or 0, self.variant == "v"
         if not self.training:
-            return channel_scale(x, self.running_phi, self.weight, self.bias, self.eps, groups)
+            return self._fixed(x, "running_phi", groups)
         return power_norm(
             x,
             self.weight,

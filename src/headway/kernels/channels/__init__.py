@@ -232,5 +232,4 @@ def channel_scale(
     mean of each of ``groups`` groups of channels where there are groups. Differentiable any number of times."""
     if torch.compiler.is_compiling() or needs_grad(x, square, weight, bias):
         return reference.channel_scale(x, square, weight, bias, groups, eps)
-    with below_autograd():
-        return _scale_op(x, square, weight, bias, groups, eps)
+    return _scale_op._op(x, square, weight, bias, groups, eps)  # the shortest way: on few tokens it is most of the time

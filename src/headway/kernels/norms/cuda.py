@@ -143,21 +143,26 @@ def _ours(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in _TYPES for t in tensors)
 
 
-def layer_norm(x, weight, bias, n, eps, keep):
+def norm(x, weight, bias, n, eps, kind, offset):
+    """Body of ``headway::norm``."""
+    if kind == COMPRESSED or not _ours(x, weight, bias):
+        return reference.rows(x.contiguous(), weight, bias, n, eps, kind, offset)[0]
+    return _run(x, None, weight, bias, n, eps, kind == RMS, offset, False)[0]
+
+
+def layer_norm(x, weight, bias, n, eps):
     """Body of ``headway::layer_norm``."""
     if not _ours(x, weight, bias):
-        y, stats = reference.rows(x.contiguous(), weight, bias, n, eps, LAYER)
-        return y, stats if keep else stats[:0].clone()
-    y, _, stats = _run(x, None, weight, bias, n, eps, False, 0.0, keep)
+        return reference.rows(x.contiguous(), weight, bias, n, eps, LAYER)
+    y, _, stats = _run(x, None, weight, bias, n, eps, False, 0.0, True)
     return y, stats
 
 
-def rms_norm(x, weight, bias, n, eps, offset, keep):
+def rms_norm(x, weight, bias, n, eps, offset):
     """Body of ``headway::rms_norm``."""
     if not _ours(x, weight, bias):
-        y, stats = reference.rows(x.contiguous(), weight, bias, n, eps, RMS, offset)
-        return y, stats if keep else stats[:0].clone()
-    y, _, stats = _run(x, None, weight, bias, n, eps, True, offset, keep)
+        return reference.rows(x.contiguous(), weight, bias, n, eps, RMS, offset)
+    y, _, stats = _run(x, None, weight, bias, n, eps, True, offset, True)
     return y, stats
 
 

@@ -18,6 +18,7 @@ from headway.kernels.norms import reference
 from headway.kernels.norms.reference import COMPRESSED, LAYER, RMS
 
 SMALL, SMALL_GRAPH = 6144, 24576
+_rows = ops.norm._op  # what calling the operator calls; it has no backward that autograd would have to be kept from
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -75,10 +76,7 @@ def _norm(x, weight, bias, n, eps, kind, offset, out):
         return out
     if _records(x, weight, bias):
         return ops.Norm.apply(x, weight, bias, n, eps, kind, offset)
-    with below_autograd():
-        if kind == LAYER:
-            return ops.layer_norm(x, weight, bias, n, eps, False)[0]
-        return ops.rms_norm(x, weight, bias, n, eps, offset, False)[0]
+    return _rows(x, weight, bias, n, eps, kind, offset)
 
 
 def layer_norm(
@@ -127,7 +125,11 @@ def rms_norm(
 
     ``offset=1.0`` is the gain of the Gemma family, whose weight starts at zero. Arguments and errors as :func:`layer_norm`.
     """
-    return _norm(x, weight, bias, _count(x, normalized_shape, weight, bias), eps, RMS, offset, out)
+    n = _count(x, normalized_shape, weight, bias)
+    if out is None and not torch.compiler.is_compiling() and not _records(x, weight, bias):
+        # the shortest way: at one token, every Python step is a part of what the norm costs
+        return _rows(x, weight, bias, n, eps, RMS, offset)
+    return _norm(x, weight, bias, n, eps, RMS, offset, out)
 
 
 def crms_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
@@ -141,8 +143,7 @@ def crms_norm(z: Tensor, eps: float = 1e-5) -> Tensor:
         return reference.rows(z, None, None, z.shape[-1], eps, COMPRESSED)[0]
     if _records(z):
         return ops.CRMSNorm.apply(z, eps)  # type: ignore[return-value]
-    with below_autograd():
-        return ops.crms_norm(z, eps, False)[0]
+    return _rows(z, None, None, z.shape[-1], eps, COMPRESSED, 0.0)
 
 
 def _same(x: Tensor, other: Tensor, names: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.library import below_autograd, define, load, needs_grad
+from headway.kernels.library import define, load, needs_grad
 from headway.kernels.norms import reference
 from headway.kernels.norms.lazy import on_cuda
 from headway.kernels.norms.reference import COMPRESSED, LAYER, RMS
@@ -76,7 +76,7 @@ channel_norm_backward = define(
 def keep(ctx, tensors: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], *settings) -> None:
     """Saves ``tensors`` for the rule; of a bias, only the type is needed."""
     ctx.save_for_backward(*tensors)
-    ctx.bias_types = tuple(None if bias is None else bias.dtype for bias in biases)
+    ctx.bias_types = [None if bias is None else bias.dtype for bias in biases]
     ctx.settings = settings
 
 
@@ -103,8 +103,7 @@ def norm_rule(ctx, gy: Tensor | None, gh: Tensor | None = None, inputs: int = 1)
         gx, gw, gb = reference.rows_backward(gy, x, fresh, weight, n, kind, offset)
         gx = gx if gh is None else gx + gh
     else:
-        with below_autograd():
-            gx, gw, gb = norm_backward(gy, gh, x, stats, weight, n, kind, offset, need_weight, need_bias)
+        gx, gw, gb = norm_backward(gy, gh, x, stats, weight, n, kind, offset, need_weight, need_bias)
     gradients = _cast(gw, _type(weight), need_weight), _cast(gb, ctx.bias_types[0], need_bias)
     if inputs == 1:
         return gx if needed[0] else None, *gradients
@@ -120,8 +119,7 @@ def crms_rule(ctx, gy: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() and needs_grad(gy, z):
         fresh = torch.cat(reference.statistics(reference.matrix(z, n), eps, COMPRESSED), 1)
         return reference.rows_backward(gy, z, fresh, None, n, COMPRESSED)[0]
-    with below_autograd():
-        return norm_backward(gy, None, z, stats, None, n, COMPRESSED, 0.0, False, False)[0]
+    return norm_backward(gy, None, z, stats, None, n, COMPRESSED, 0.0, False, False)[0]
 
 
 def norm_add_norm_rule(ctx, gs: Tensor, gu: Tensor):
@@ -137,10 +135,9 @@ def norm_add_norm_rule(ctx, gs: Tensor, gu: Tensor):
             gs, gu, f, x_new, fresh, output_weight, input_weight, n, rms, offset, *wanted
         )
     else:
-        with below_autograd():
-            gf, gx, *sums = norm_add_norm_backward(
-                gs, gu, f, x_new, stats, output_weight, input_weight, n, rms, offset, *wanted
-            )
+        gf, gx, *sums = norm_add_norm_backward(
+            gs, gu, f, x_new, stats, output_weight, input_weight, n, rms, offset, *wanted
+        )
     types = _type(output_weight), ctx.bias_types[0], _type(input_weight), ctx.bias_types[1]
     gradients = [_cast(g, dtype, want) for g, dtype, want in zip(sums, types, wanted, strict=True)]
     return gf if need_f else None, gx if need_x else None, *gradients
@@ -156,7 +153,6 @@ def channel_rule(ctx, gy: Tensor):
         fresh = torch.cat(reference.statistics(rows.to(reference.wide(x.dtype)), eps, RMS if rms else LAYER), 1)
         gx, gw, gb = reference.channels_backward(gy, x, fresh, weight, rms)
     else:
-        with below_autograd():
-            gx, gw, gb = channel_norm_backward(gy, x, stats, weight, rms, need_weight, need_bias)
+        gx, gw, gb = channel_norm_backward(gy, x, stats, weight, rms, need_weight, need_bias)
     gradients = _cast(gw, _type(weight), need_weight), _cast(gb, ctx.bias_types[0], need_bias)
     return gx if need_x else None, *gradients

@@ -1,17 +1,18 @@
 """The norm operators ``headway::layer_norm``, ``rms_norm``, ``crms_norm``, ``add_norm``, ``norm_add_norm``, ``channel_norm``.
 
 Each is registered with its plain body, its fake and its backward, and beside it stands the slim way through autograd that the
-public functions take: one node and no dispatcher round trip. ``keep`` says whether the statistics are kept for a backward.
+public functions take: one node and no dispatcher round trip. ``keep`` says whether the statistics are kept for a backward; the
+first three always keep them, and ``headway::norm`` is what they are where none comes: on one token, making room for statistics
+is a part of the time that shows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from headway.kernels.library import below_autograd, define, load
+from headway.kernels.library import Function, below_autograd, define, load
 from headway.kernels.norms import reference
 from headway.kernels.norms.gradients import (
     channel_rule,
@@ -31,19 +32,20 @@ def _kept(stats: Tensor, wanted: bool) -> Tensor:
     return stats if wanted else stats[:0].clone()
 
 
-def _layer_plain(x, weight, bias, n, eps, keep):
-    y, stats = reference.rows(x.contiguous(), weight, bias, n, eps, LAYER)
-    return y, _kept(stats, keep)
+def _norm_plain(x, weight, bias, n, eps, kind, offset):
+    return reference.rows(x.contiguous(), weight, bias, n, eps, kind, offset)[0]
 
 
-def _rms_plain(x, weight, bias, n, eps, offset, keep):
-    y, stats = reference.rows(x.contiguous(), weight, bias, n, eps, RMS, offset)
-    return y, _kept(stats, keep)
+def _layer_plain(x, weight, bias, n, eps):
+    return reference.rows(x.contiguous(), weight, bias, n, eps, LAYER)
 
 
-def _crms_plain(z, eps, keep):
-    y, stats = reference.rows(z.contiguous(), None, None, z.shape[-1], eps, COMPRESSED)
-    return y, _kept(stats, keep)
+def _rms_plain(x, weight, bias, n, eps, offset):
+    return reference.rows(x.contiguous(), weight, bias, n, eps, RMS, offset)
+
+
+def _crms_plain(z, eps):
+    return reference.rows(z.contiguous(), None, None, z.shape[-1], eps, COMPRESSED)
 
 
 def _add_norm_plain(x, residual, weight, bias, n, eps, rms, offset, keep):
@@ -70,24 +72,24 @@ def _rms_out_plain(x, weight, bias, n, eps, offset, out):
     out.copy_(reference.rows(x, weight, bias, n, eps, RMS, offset)[0])
 
 
-def _stats(x: Tensor, n: Any, keep: bool, each: int = 2) -> Tensor:
+def _stats(x: Tensor, n: Any, keep: bool = True, each: int = 2) -> Tensor:
     return x.new_empty((x.numel() // n if keep and n else 0, each), dtype=reference.wide(x.dtype))
 
 
 def _layer_setup(ctx, inputs, output):
-    x, weight, bias, n, eps, _ = inputs
+    x, weight, bias, n, eps = inputs
     ctx.mark_non_differentiable(output[1])
     keep(ctx, (x, weight, output[1]), (bias,), n, eps, LAYER, 0.0)
 
 
 def _rms_setup(ctx, inputs, output):
-    x, weight, bias, n, eps, offset, _ = inputs
+    x, weight, bias, n, eps, offset = inputs
     ctx.mark_non_differentiable(output[1])
     keep(ctx, (x, weight, output[1]), (bias,), n, eps, RMS, offset)
 
 
 def _crms_setup(ctx, inputs, output):
-    z, eps, _ = inputs
+    z, eps = inputs
     ctx.mark_non_differentiable(output[1])
     keep(ctx, (z, output[1]), (), z.shape[-1], eps)
 
@@ -111,28 +113,34 @@ def _channel_setup(ctx, inputs, output):
 
 
 _AFFINE = "Tensor? weight, Tensor? bias, SymInt n, float eps"
+norm = define(
+    f"norm(Tensor x, {_AFFINE}, int kind, float offset) -> Tensor",
+    _norm_plain,
+    lambda x, *_: packed(x),
+    cuda=on_cuda("norm", _norm_plain),
+)
 layer_norm = define(
-    f"layer_norm(Tensor x, {_AFFINE}, bool keep) -> (Tensor, Tensor)",
+    f"layer_norm(Tensor x, {_AFFINE}) -> (Tensor, Tensor)",
     _layer_plain,
-    lambda x, weight, bias, n, eps, keep: (packed(x), _stats(x, n, keep)),
+    lambda x, weight, bias, n, eps: (packed(x), _stats(x, n)),
     _layer_setup,
-    lambda ctx, gy, _: (*norm_rule(ctx, gy), None, None, None),
+    lambda ctx, gy, _: (*norm_rule(ctx, gy), None, None),
     cuda=on_cuda("layer_norm", _layer_plain),
 )
 rms_norm = define(
-    f"rms_norm(Tensor x, {_AFFINE}, float offset, bool keep) -> (Tensor, Tensor)",
+    f"rms_norm(Tensor x, {_AFFINE}, float offset) -> (Tensor, Tensor)",
     _rms_plain,
-    lambda x, weight, bias, n, eps, offset, keep: (packed(x), _stats(x, n, keep)),
+    lambda x, weight, bias, n, eps, offset: (packed(x), _stats(x, n)),
     _rms_setup,
-    lambda ctx, gy, _: (*norm_rule(ctx, gy), None, None, None, None),
+    lambda ctx, gy, _: (*norm_rule(ctx, gy), None, None, None),
     cuda=on_cuda("rms_norm", _rms_plain),
 )
 crms_norm = define(
-    "crms_norm(Tensor z, float eps, bool keep) -> (Tensor, Tensor)",
+    "crms_norm(Tensor z, float eps) -> (Tensor, Tensor)",
     _crms_plain,
-    lambda z, eps, keep: (packed(z), _stats(z, z.shape[-1], keep)),
+    lambda z, eps: (packed(z), _stats(z, z.shape[-1])),
     _crms_setup,
-    lambda ctx, gy, _: (crms_rule(ctx, gy), None, None),
+    lambda ctx, gy, _: (crms_rule(ctx, gy), None),
 )
 layer_norm_out = define(f"layer_norm_out(Tensor x, {_AFFINE}, Tensor(a!) out) -> ()", _layer_out_plain, lambda *_: None)
 rms_norm_out = define(
@@ -163,16 +171,16 @@ channel_norm = define(
 )
 
 
-class Norm(torch.autograd.Function):
+class Norm(Function):
     """Layer norm or RMS norm, by ``kind``."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, n, eps, kind, offset):
         with below_autograd():
             if kind == LAYER:
-                y, stats = layer_norm(x, weight, bias, n, eps, True)
+                y, stats = layer_norm(x, weight, bias, n, eps)
             else:
-                y, stats = rms_norm(x, weight, bias, n, eps, offset, True)
+                y, stats = rms_norm(x, weight, bias, n, eps, offset)
         keep(ctx, (x, weight, stats), (bias,), n, eps, kind, offset)
         return y
 
@@ -181,13 +189,13 @@ class Norm(torch.autograd.Function):
         return *norm_rule(ctx, gy), None, None, None, None
 
 
-class CRMSNorm(torch.autograd.Function):
+class CRMSNorm(Function):
     """The compressed RMS norm."""
 
     @staticmethod
     def forward(ctx, z, eps):
         with below_autograd():
-            y, stats = crms_norm(z, eps, True)
+            y, stats = crms_norm(z, eps)
         keep(ctx, (z, stats), (), z.shape[-1], eps)
         return y
 
@@ -196,7 +204,7 @@ class CRMSNorm(torch.autograd.Function):
         return crms_rule(ctx, gy), None
 
 
-class AddNorm(torch.autograd.Function):
+class AddNorm(Function):
     """Residual addition and norm."""
 
     @staticmethod
@@ -212,7 +220,7 @@ class AddNorm(torch.autograd.Function):
         return *norm_rule(ctx, gy, gh, inputs=2), None, None, None, None
 
 
-class NormAddNorm(torch.autograd.Function):
+class NormAddNorm(Function):
     """Norm, residual addition, norm."""
 
     @staticmethod
@@ -227,7 +235,7 @@ class NormAddNorm(torch.autograd.Function):
         return *norm_add_norm_rule(ctx, gs, gu), None, None, None, None
 
 
-class ChannelNorm(torch.autograd.Function):
+class ChannelNorm(Function):
     """The norm over the channels of (samples, channels, space)."""
 
     @staticmethod

@@ -22,8 +22,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None, offset: float) -> Tensor:
     if weight is not None:
-        z = z * (weight.to(z.dtype) + offset)
-    return z if bias is None else z + bias.to(z.dtype)
+        z = z * (weight.to(z.dtype).reshape(-1) + offset)
+    return z if bias is None else z + bias.to(z.dtype).reshape(-1)
 
 
 def matrix(x: Tensor, n: int) -> Tensor:
