@@ -150,7 +150,8 @@ def p_value(gaps: Sequence[float]) -> float:
     """Of a paired t test that the mean gap is zero; NaN for one pair."""
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(gaps, 0.0).pvalue) if len(gaps) > 1 else float("nan")
+    found: Any = ttest_1samp(gaps, 0.0) if len(gaps) > 1 else None
+    return float("nan") if found is None else float(found.pvalue)
 
 
 def _growth(quick: bool, known: list[Row]) -> Evidence:

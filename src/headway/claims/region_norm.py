@@ -74,7 +74,9 @@ def shifts(images: Tensor, share: float) -> tuple[float, float]:
 
 def _shift(quick: bool) -> Evidence:
     images, source = patches(24 if quick else 96)
-    rows = [dict(zip(("hole", "full", "region"), (share, *shifts(images, share)), strict=True)) for share in HOLES]
+    rows: list[dict[str, Any]] = [
+        dict(zip(("hole", "full", "region"), (share, *shifts(images, share)), strict=True)) for share in HOLES
+    ]
     full, ours = [r["full"] for r in rows], max(r["region"] for r in rows)
     return Evidence(
         KEY,

@@ -36,14 +36,14 @@ class DigitsRandomFeatures(Images):
         super().__init__()
         if depth < 1 or width < 1:
             raise ValueError(f"depth and width are at least 1; they are {depth} and {width}")
-        self.depth, self.width, self.gain = depth, width, gain
+        self.depth, self.width = depth, width
+        self.gain: Literal["uniform", "ones", "signed"] = gain
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _sklearn_digits()
 
     def model(self, seed: int) -> nn.Module:
-        gain: Literal["uniform", "ones", "signed"] = self.gain
-        return CIFARResNet(self.depth, self.width, 1, 10, 2, gain)
+        return CIFARResNet(self.depth, self.width, 1, 10, 2, self.gain)
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=self.learning_rate, momentum=0.9, weight_decay=1e-4)

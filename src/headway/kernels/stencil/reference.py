@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -28,6 +29,6 @@ def stencil_backward(gy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> t
     g, a, w = gy.to(kind), x.to(kind), weight.to(kind)
     if gy.numel() == 0:
         return torch.zeros_like(x), a.new_zeros(weight.numel()), a.new_zeros(int(has_bias))
-    gx = torch.nn.grad.conv2d_input(a.shape, w, g, padding=around)
-    gw = torch.nn.grad.conv2d_weight(a, w.shape, g, padding=around)
+    gx = conv2d_input(a.shape, w, g, padding=around)
+    gw = conv2d_weight(a, w.shape, g, padding=around)
     return gx.to(x.dtype), gw.flatten(), g.sum().reshape(1) if has_bias else a.new_zeros(0)
