@@ -16,6 +16,7 @@ def run(arm, seed=0, level=1.0, shake=0.2, gain=2.0, rate=4e-3, last=0.3):
         "seed": seed,
         "rate": rate,
         "n": 6,
+        "dim": 64,
         "losses": [*[1.0] * 50, *[last] * 10],
         "norms": shaken,
         "features": shaken,

@@ -83,7 +83,7 @@ class DigitsDiffusion(Task):
         return self._images
 
     def model(self, seed: int) -> nn.Module:
-        return UNet(1) if self.network == "unet" else UViT(8, 1, 2, self.dim, self.heads, self.skips)
+        return UNet(1) if self.network == "unet" else UViT(8, 1, 2, self.dim, self.heads, self.skips, conv=False)
 
     def train_batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
         return NoisyImages(self.images()[0], self._schedule, seed, batch_size)

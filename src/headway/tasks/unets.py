@@ -70,9 +70,12 @@ class UViT(nn.Module):
         size, channels, patch: of the square images.
         dim, heads: of the transformer.
         skips: N, the number of long skips; the network has 2 N + 1 blocks.
+        conv: end in a 3x3 convolution of the image. With one channel that is nine numbers through which all must pass: leave it out.
     """
 
-    def __init__(self, size: int, channels: int, patch: int, dim: int, heads: int, skips: int) -> None:
+    def __init__(
+        self, size: int, channels: int, patch: int, dim: int, heads: int, skips: int, conv: bool = True
+    ) -> None:
         super().__init__()
         if skips < 1 or size % patch or dim % heads:
             raise ValueError(
@@ -87,13 +90,11 @@ class UViT(nn.Module):
         self.out_blocks = nn.ModuleList(Block(dim, heads, skip=True) for _ in range(skips))
         self.norm = nn.LayerNorm(dim)
         self.decoder_pred = nn.Linear(dim, patch**2 * channels)
-        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        # 0.02 is the published start at width 512; a narrower network keeps the same gain a layer
-        std = 0.02 * math.sqrt(512 / dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
