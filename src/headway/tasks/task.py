@@ -33,6 +33,7 @@ _BUILT_IN = {
     "digits-incremental": "headway.tasks.incremental:DigitsIncremental",
     "digits-random-features": "headway.tasks.random_features:DigitsRandomFeatures",
     "digits-microbatch": "headway.tasks.microbatch:DigitsMicroBatch",
+    "digits-mosaic": "headway.tasks.mosaic:DigitsMosaic",
     "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
     "digits-translation": "headway.tasks.translation:DigitsTranslation",
     "mnist": "headway.tasks.digits:MNIST",
