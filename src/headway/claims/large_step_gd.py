@@ -186,17 +186,21 @@ def _wall(quick: bool) -> Evidence:
         X += 0.5 * (2 * y[:, None] - 1) * w
         peers = _peers()
         del peers["normalised LR+GD, polished"]
-        times = {name: _timed(make, X, y, 1)[0] for name, make in peers.items()}
+        fits = {name: _timed(make, X, y, 1) for name, make in peers.items()}
+        times = {name: taken for name, (taken, _) in fits.items()}
         ours = times.pop("normalised LR+GD")
         name = min(times, key=lambda key: times[key])
+        steps, theirs = (int(fits[key][1].n_iter_[0]) for key in ("normalised LR+GD", "LogisticRegression(C=1e6)"))
         rows.append({"n": n, "d": d, "ours_ms": ours * 1e3, "ratio": times[name] / ours, "fastest": name,
-                     "lbfgs_ratio": times["LogisticRegression(C=1e6)"] / ours})  # fmt: skip
+                     "lbfgs_ratio": times["LogisticRegression(C=1e6)"] / ours, "steps": steps, "lbfgs_steps": theirs})  # fmt: skip
     good = [row["lbfgs_ratio"] >= 3 for row in rows]
     return Evidence(
         KEY, "finds a separator of large data sooner than the library's solvers", "no number; the aim is 3 times as fast as lbfgs",
-        ", ".join(f"{r['lbfgs_ratio']:.1f} times lbfgs, {r['ratio']:.1f} times {r['fastest']} ({r['n']} x {r['d']})" for r in rows),
+        ", ".join(f"{r['lbfgs_ratio']:.2f} times as fast as lbfgs, {r['ratio']:.2f} times as fast as {r['fastest']} "
+                  f"({r['n']} x {r['d']})" for r in rows),
         "LogisticRegression(C=1e6), Perceptron, LinearSVC on generated separable data, one fit each", _verdict(good),
-        f"{sum(good)} of {len(good)} sizes at least 3 times as fast as lbfgs; the fastest other solver is named beside it", rows=rows,
+        f"{sum(good)} of {len(good)} sizes at least 3 times as fast as lbfgs; passes over the data until they are separated: "
+        + ", ".join(f"{r['steps']} against {r['lbfgs_steps']} of lbfgs" for r in rows), rows=rows,
     )  # fmt: skip
 
 

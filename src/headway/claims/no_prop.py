@@ -110,7 +110,7 @@ def _accuracy(quick: bool) -> Evidence:
         f"{mean['no-prop']:.2f} % (sd {spread:.2f} over {seeds} seed(s), 5 draws of noise each)",
         "; ".join(f"{name} {value:.2f} %" for name, value in mean.items() if name != "no-prop"),
         verdict([gap <= 1, gap <= 2]),
-        f"{-gap:+.2f} points to the best trained by back-propagation, {rival} (asked: -1, partly -2); "
+        f"{-gap:+.2f} points to the best trained by back-propagation ({rival}; asked: -1, partly -2); "
         f"digits 70/30, T = {T}, width {width}, every "
         f"block sees the data {epochs} times. The first block alone, on pure noise, has {mean['block 1 on noise']:.2f} %: the chain "
         f"adds {mean['no-prop'] - mean['block 1 on noise']:+.2f} points on data this easy",

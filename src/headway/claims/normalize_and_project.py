@@ -182,7 +182,7 @@ def _stationary(quick: bool) -> Evidence:
         KEY, "no harm on a stationary task", "on par or slightly better",
         ", ".join(f"{arm} {m:.2f} %" for arm, m in mean.items()),
         f"the same convolutional net with norms alone, digits, Adam 3e-3 with a cosine, {steps} steps, {seeds} seed(s)", verdict,
-        f"{-loss:+.2f} points against a tolerance of 0.3; one of {len(test_labels)} images is {100 / len(test_labels):.2f} points",
+        f"{0.0 - loss:+.2f} points against a tolerance of 0.3; one of {len(test_labels)} images is {100 / len(test_labels):.2f} points",
         rows=rows,
     )  # fmt: skip
 
