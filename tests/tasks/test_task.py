@@ -15,23 +15,6 @@ EMBEDDED = [name for name in names() if name not in _OF_FILES] + ["digits-diffus
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stdlib-text",
-        "digits",
-        "digits-vit",
-        "digits-relabelled",
-        "digits-blocks",
-        "digits-incremental",
-        "digits-microbatch",
-        "digits-translation(base_dim=4, blocks=1, size=16)",
-        "digits-inpainting",
-        "digits-random-features",
-        "prior-fitted-regression",
-        "table",
-    ],
-)
 def test_a_task_gives_all_that_a_comparison_needs(name):
     if name == "stdlib-text":
         pytest.importorskip("headway.residual.transformer")
@@ -49,22 +32,6 @@ def test_a_task_gives_all_that_a_comparison_needs(name):
 
 
 @pytest.mark.parametrize("name", [name for name in EMBEDDED if name != "digits-vit"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stdlib-text",
-        "digits",
-        "digits-relabelled",
-        "digits-blocks",
-        "digits-incremental",
-        "digits-microbatch",
-        "digits-translation(base_dim=4, blocks=1, size=16)",
-        "digits-inpainting",
-        "digits-random-features",
-        "prior-fitted-regression",
-        "table",
-    ],
-)
 def test_batches_depend_on_the_seed_and_their_place_alone(name):
     def flat(batch):
         return batch if isinstance(batch, torch.Tensor) else batch[-2]
@@ -157,19 +124,3 @@ def test_words_with_settings_are_read_and_spelled():
 def test_built_in_names_are_listed():
     assert names() == sorted(names())
     assert {"digits", "stdlib-text", "text-reversal", *_OF_FILES} <= set(names())
-    assert names() == [
-        "cifar",
-        "digits",
-        "digits-blocks",
-        "digits-incremental",
-        "digits-microbatch",
-        "digits-translation(base_dim=4, blocks=1, size=16)",
-        "digits-random-features",
-        "digits-relabelled",
-        "digits-vit",
-        "mnist",
-        "prior-fitted-regression",
-        "stdlib-text",
-        "table",
-        "text",
-    ]
