@@ -178,12 +178,12 @@ def updates(nets, count=2):
     """Bodies of successive updates from a real cloud, and the deployment."""
     cloud = CloudServer(nets.edge(), nets.foundation(), batch_size=8)
     client = client_of(cloud, nets)
-    client._register()
+    client.uplink.register()
     found = []
     for x in nets.stream(count):
         before = cloud.deployment("a").published
         client(x[:8])
-        while client._send():
+        while client.uplink.send():
             pass
         found.append(cloud.deployment("a").published.message((before.epoch, before.version)))
     return found, cloud.deployment("a")
@@ -336,9 +336,9 @@ def test_a_collapsed_network_goes_back_to_its_source_and_takes_the_cloud_along(n
     assert stats["rollbacks"] == 1 and ("one class" if how == "one class" else "entropy fell") in stats["last_rollback"]
     client(batches[5])
     assert all(torch.equal(t, client.edge.source[name]) for name, t in travelling(client.edge.model).items())
-    while client._send():
+    while client.uplink.send():
         pass
-    client._ask(0.0)
+    client.uplink.ask(0.0)
     now = cloud.deployment("a")
     assert now.counters.rollbacks == 1 and client.stats()["version"] == now.published.version > versions[0]
     assert client.stats()["refused_updates"] == 0
@@ -383,8 +383,8 @@ def lost(link, request, timeout):
 
 
 def scripted(client, path, *answers):
-    client._link = Scripted(client._link, path, answers)
-    return client._link
+    client.uplink.link = Scripted(client.uplink.link, path, answers)
+    return client.uplink.link
 
 
 def test_a_lost_answer_and_a_second_try_leave_the_same_state(nets):
@@ -432,12 +432,29 @@ def test_refused_samples_are_counted_and_not_sent_again(cloud, nets):
     assert client.stats()["refused_samples"] == 16 and len(link.seen) == 1
 
 
+def test_samples_that_cannot_be_encoded_do_not_hold_up_the_others(cloud, nets, monkeypatch):
+    from headway.learning.cloud_edge import uplink
+
+    client, encode = client_of(cloud, nets), uplink.encode
+
+    def picky(samples, codec):
+        if len(samples[""]) == 3:
+            raise ValueError("jpeg takes images")
+        return encode(samples, codec)
+
+    monkeypatch.setattr(uplink, "encode", picky)
+    client(nets.stream(1)[0][:3])
+    client(nets.stream(1)[0])
+    client.synchronise()
+    assert client.stats()["refused_samples"] == 3 and client.stats()["uploaded"] == 16
+
+
 def test_a_forgotten_device_registers_again_and_sends_what_it_could_not(cloud, nets):
     client = client_of(cloud, nets)
     client(nets.stream(1)[0])
     client.synchronise()
-    client._link.cloud = CloudServer(nets.edge(), nets.foundation(), batch_size=8)
-    client._link.cloud._shop.epoch = cloud.epoch + 1  # started within the same second
+    client.uplink.link.cloud = CloudServer(nets.edge(), nets.foundation(), batch_size=8)
+    client.uplink.link.cloud._shop.epoch = cloud.epoch + 1  # started within the same second
     client(nets.stream(2)[1])
     client.synchronise()
     assert client.stats()["uploaded"] == 32 and client.stats()["epoch"] == cloud.epoch + 1
@@ -474,7 +491,7 @@ def test_a_cloud_that_does_not_answer_in_time_is_told_by_synchronise(cloud, nets
     client(nets.stream(1)[0])
     with pytest.raises(TimeoutError, match=r"0.2 s.*nobody"):
         client.synchronise(0.2)
-    client._link = client._link.link
+    client.uplink.link = client.uplink.link.link
     client.synchronise()
     assert client.stats()["uploaded"] == 16
 
@@ -525,12 +542,12 @@ def test_the_asgi_application_speaks_the_same_protocol(nets):
         local = CloudServer(nets.edge(), nets.foundation(), batch_size=8)
         client = client_of(local, nets)
         if over_asgi:
-            client._link = OverASGI()
+            client.uplink.link = OverASGI()
         simulate(client, local, nets.stream(6))
         nets_out.append(client.edge.model.state_dict())
         if over_asgi:
             assert client.stats()["version"] == 12
-            assert client._link.request(_request("POST", "/v1/samples", bytes(30_000)), 1.0).status == 413
+            assert client.uplink.link.request(_request("POST", "/v1/samples", bytes(30_000)), 1.0).status == 413
     assert all(torch.equal(nets_out[1][name], t) for name, t in nets_out[0].items())
 
     async def lifespan():

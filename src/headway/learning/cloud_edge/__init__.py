@@ -1,10 +1,10 @@
 """Edge devices that only infer, and a server that keeps their normalisation layers fit for data that drift.
 
-    edge:   logits = g_w(x); upload x if E_min < H(x) < E_max(t)                                     :mod:`.selection`
+    edge:   logits = g_w(x); upload x if E_min < H(x) < E_max(t)  (selection)
     cloud:  f <- f - step on mean_i exp(E_max(0) - H_i) H_i, affine parameters of its norms alone
             w <- w - step on the distillation of f into g_w, on the uploaded samples and three times as many earlier ones, affine
-            parameters alone                                                                         :mod:`.distillation`
-    edge:   takes the new affine parameters and running statistics between two batches               :mod:`.renorm`
+            parameters alone  (distillation)
+    edge:   takes the new affine parameters and running statistics between two batches  (renorm)
 
 The device never computes a gradient, never waits for the network and goes on with its last good parameters whatever becomes of the
 server. "Towards Robust and Efficient Cloud-Edge Elastic Model Adaptation via Selective Entropy Distillation", 2024, arXiv 2402.17316.
