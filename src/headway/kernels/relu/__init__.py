@@ -76,7 +76,10 @@ class _ReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
-        return _Keep.apply(gy, ctx.saved_tensors[0], ctx.channels_last), None
+        (bits,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated again
+            return _Keep.apply(gy, bits, ctx.channels_last), None
+        return _back(_keep_op(_in_order(gy, ctx.channels_last), bits), ctx.channels_last), None
 
 
 def relu_bits(x: Tensor, inplace: bool = False) -> Tensor:

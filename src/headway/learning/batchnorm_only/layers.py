@@ -29,6 +29,9 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LEAST_SPACE, _LEAST_NUMBERS = 8, 1 << 17
 
 
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
 class _FrozenConv(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -51,10 +54,24 @@ class _FrozenConv(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.settings
         spatial, no = len(stride), [True, False, False]
         unread = gy.new_empty(ctx.shape)
-        gx = torch.ops.aten.convolution_backward(
+        gx = _CONVOLUTION_BACKWARD(
             gy, unread, weight.to(gy.dtype), None, stride, padding, dilation, False, [0] * spatial, groups, no
         )[0]
-        return gx.to(ctx.dtype), *(None,) * 6
+        return gx if gx.dtype == ctx.dtype else gx.to(ctx.dtype), *(None,) * 6
+
+
+class _FrozenConvEager(torch.autograd.Function):
+    """The same without what function transforms ask for, which costs more than the convolution of a small image."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _FrozenConv.forward(*inputs)
+        _FrozenConv.setup_context(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        return _FrozenConv.backward(ctx, gy)
 
 
 def frozen_conv(
@@ -72,7 +89,9 @@ def frozen_conv(
         x: (N, C, ...) or (C, ...); weight: (out, C / groups, ...) -> (N, out, ...) or (out, ...).
     """
     batched = x.dim() == weight.dim()
-    y: Any = _FrozenConv.apply(x if batched else x[None], weight, bias, stride, padding, dilation, groups)
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+    kind = _FrozenConv if traced else _FrozenConvEager
+    y: Any = kind.apply(x if batched else x[None], weight, bias, stride, padding, dilation, groups)
     return y if batched else y[0]
 
 
