@@ -52,7 +52,8 @@ def test_the_verdict_on_styles_asks_for_a_fall_at_every_step():
         return [{"arm": str(i), "seed": s, "error": e} for i, e in enumerate(errors) for s in range(2)]
 
     assert judge_styles(rows(0.7, 0.6, 0.5), 1).verdict == "holds"
-    assert judge_styles(rows(0.7, 0.8, 0.5), 1).verdict == "partly"
+    mixed = judge_styles(rows(0.7, 0.8, 0.5), 1)
+    assert mixed.verdict == "partly" and "1 of 2 steps go down; 1 (0.80) stays above 0 (0.70)" in mixed.why
     assert judge_styles(rows(0.5, 0.6, 0.7), 1).verdict == "does not hold here"
 
 
