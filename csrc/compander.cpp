@@ -29,7 +29,7 @@ const double* doubles(const Tensor& t) {
 
 Tensor compand(const Tensor& given, const Tensor& a, const Tensor& b) {
   const Tensor v = packed(given);
-  Tensor w = torch::stable::empty_like(v);
+  Tensor w = like(v);
   const int64_t total = v.numel(), n = total / std::max<int64_t>(1, a.numel());
   const double *as = doubles(a), *bs = doubles(b);
   dispatch(v, [&](auto zero) {
@@ -43,7 +43,7 @@ Tensor compand(const Tensor& given, const Tensor& a, const Tensor& b) {
 
 std::tuple<Tensor, Tensor> compand_backward(const Tensor& gradient, const Tensor& given, const Tensor& a, const Tensor& b, bool want) {
   const Tensor g = packed(gradient), v = packed(given);
-  Tensor gv = torch::stable::empty_like(v);
+  Tensor gv = like(v);
   const int64_t total = v.numel(), rows = a.numel(), n = total / std::max<int64_t>(1, rows);
   const double *as = doubles(a), *bs = doubles(b);
   const int64_t many = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), total / kGrain));
