@@ -8,6 +8,7 @@ import torch
 from torch.library import opcheck
 
 from headway.kernels import planes
+from headway.kernels.library import below_autograd
 from headway.kernels.planes import plane_norm, reference
 
 ops = torch.ops.headway
@@ -82,6 +83,10 @@ def test_shares_of_tasks_and_their_gradient_equal_the_plain_ones(dtype, renormal
     ours, plain = ops.task_shares_backward(pull, weight, *rest), reference.task_shares_backward(pull, weight, *rest)
     torch.testing.assert_close(ours, plain)
     assert ours.dtype == torch.promote_types(dtype, torch.float32) and ours.shape == (4,)
+    leaf = weight.float().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.task_shares(leaf, *rest), leaf, pull)
+    with below_autograd():  # where the operators' bodies run
+        torch.testing.assert_close(reference.task_shares_backward(pull, weight, *rest).float(), wanted)
 
 
 @pytest.mark.parametrize("groups", [0, 2])

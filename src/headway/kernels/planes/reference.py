@@ -179,12 +179,18 @@ def task_shares(task_weight: Tensor, task_ids: Tensor, counts: Tensor, seen: int
 def task_shares_backward(
     gradient: Tensor, task_weight: Tensor, task_ids: Tensor, counts: Tensor, seen: int, renormalize: bool
 ) -> Tensor:
-    """Gradient of the task weights."""
-    with torch.enable_grad():
-        leaf = task_weight.detach().clone().requires_grad_()
-        shares = task_shares(leaf, task_ids, counts, seen, renormalize)
-        (found,) = torch.autograd.grad(shares, leaf, gradient)
-    return found.to(torch.promote_types(task_weight.dtype, torch.float32))
+    """Gradient of the task weights, written out: the operator's body runs where autograd is off."""
+    omega, n = task_weight[:seen].double(), counts[:seen].double()
+    top = omega.amax().clamp(min=0)
+    weight = (omega - top).exp()
+    pi = weight + n * (-top).exp()
+    if renormalize:
+        weight, pi = weight * (n > 0), pi * (n > 0)
+    weight, pi = weight / pi.sum(), pi / pi.sum()
+    to_pi = torch.zeros_like(pi).index_add(0, task_ids, gradient / n.clamp(min=1)[task_ids])
+    found = torch.zeros_like(task_weight, dtype=torch.promote_types(task_weight.dtype, torch.float32))
+    found[:seen] = weight * (to_pi - (to_pi * pi).sum())
+    return found
 
 
 def plane_step(
