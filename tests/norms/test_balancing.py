@@ -18,6 +18,7 @@ from headway.norms.balancing import (
     convert_adab2n,
     end_task,
     grow_tasks,
+    layers,
     start_task,
     task_batch,
     to_batchnorm,
@@ -100,3 +101,23 @@ def test_tasks_grow_and_the_optimiser_follows():
     assert model[1].task_weight[2] != 0 and model[1].task_weight[3] == 0  # unseen: no gradient
     with pytest.raises(ValueError, match="one or more"):
         grow_tasks(network(), 1)
+
+
+def test_a_resnet_of_transformers_is_converted_and_deployed():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    torch.manual_seed(0)
+    model, x = transformers.ResNetForImageClassification(config), torch.randn(4, 3, 32, 32)
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    convert_adab2n(model, 2)
+    assert sum(type(module) is AdaB2N2d for module in model.modules()) == count > 3
+    end_task(model)
+    with task_batch(model, torch.tensor([1, 0, 1, 1])):
+        loss = model(x).logits.square().mean() + 0.1 * balance_penalty(model)
+    loss.backward()
+    assert all(layer.task_weight.grad.abs().sum() > 0 for layer in layers(model))
+    wanted = model.eval()(x).logits
+    torch.testing.assert_close(to_batchnorm(model)(x).logits, wanted, rtol=1e-6, atol=1e-6)
+    assert not layers(model)
