@@ -36,14 +36,23 @@ table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:ta
 white-space:nowrap;border-bottom:1px solid var(--line)}th{position:sticky;top:0;background:var(--card);font-weight:600;z-index:1}
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}td:first-child{font-family:ui-monospace,Menlo,
 Consolas,monospace;font-size:12px}tr.stream td{background:var(--card)}tr.best td{font-weight:600}.plot{margin:0 -8px}
-pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px}pre code{background:none;
-padding:0}details{margin:6px 0}summary{cursor:pointer}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:12px}pre code{white-space:inherit;background:none;
+padding:0}details{margin:6px 0}summary{cursor:pointer}.panels{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:4px 12px}
+@media(max-width:640px){.panels{grid-template-columns:minmax(0,1fr)}}
+.keys{display:flex;flex-wrap:wrap;gap:4px 6px;margin:6px 0}.keys button{display:flex;
+align-items:center;gap:7px;max-width:100%;font:inherit;font-size:13px;color:inherit;background:none;border:1px solid var(--line);
+border-radius:14px;padding:2px 10px;cursor:pointer;text-align:left;overflow-wrap:anywhere}.keys i{flex:none;width:12px;height:3px;
+border-radius:2px}.keys [aria-pressed=false]{opacity:.4}
 """
-# the plot follows the reader's colour scheme, which only the browser knows
+# plots follow the reader's colour scheme, which only the browser knows; a key shows and hides its lines in every panel beside it
 _SCRIPT = """
 const scheme=matchMedia("(prefers-color-scheme: dark)");function paint(){document.querySelectorAll(".js-plotly-plot").forEach(p=>
 Plotly.relayout(p,{"font.color":scheme.matches?"#c4cad6":"#3a4152","hoverlabel.bgcolor":scheme.matches?"#1b1e27":"#ffffff",
 "hoverlabel.font.color":scheme.matches?"#e8eaf0":"#1f2430"}))}scheme.addEventListener("change",paint);paint();
+document.querySelectorAll(".keys button").forEach(b=>b.addEventListener("click",()=>{const on=b.getAttribute("aria-pressed")!=="true";
+b.setAttribute("aria-pressed",on);b.closest("section").querySelectorAll(".js-plotly-plot").forEach(p=>{const mine=[...p.data.keys()]
+.filter(i=>p.data[i].legendgroup===b.dataset.key);if(mine.length)Plotly.restyle(p,{visible:on},mine)})}));
 """
 
 
@@ -84,6 +93,18 @@ def plot(figure: go.Figure, embed: bool = True) -> str:
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
     inner = figure.to_html(full_html=False, include_plotlyjs=embed, config=config)
     return f'<div class="plot">{inner}</div>'
+
+
+def panels(figures: Iterable[go.Figure], keys: Mapping[str, str], embed: bool = True) -> str:
+    """Plots side by side, below each other on a narrow screen, over one row of ``keys`` (name: colour) that show and hide the
+    traces of that ``legendgroup`` in all of them."""
+    inner = "".join(plot(figure, embed and not index) for index, figure in enumerate(figures))
+    buttons = "".join(
+        f'<button type="button" aria-pressed="true" data-key="{html.escape(name)}"><i style="background:{colour}"></i>'
+        f"{html.escape(name)}</button>"
+        for name, colour in keys.items()
+    )
+    return f'<section><div class="panels">{inner}</div><div class="keys">{buttons}</div></section>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], classes: Iterable[str] | None = None) -> str:

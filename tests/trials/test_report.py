@@ -43,7 +43,9 @@ def test_a_browser_draws_the_plots_without_an_error_and_hover_works(page, width,
     with open_page(page[1], width, scheme) as tab:
         tab.wait_for_selector(".js-plotly-plot .scatterlayer .trace path.js-line", state="attached")
         plots = tab.query_selector_all(".js-plotly-plot")
-        assert len(plots) == 3
+        assert len(plots) == 2 + 4 + 2
+        first, second = (plot.bounding_box() for plot in plots[:2])  # side by side, and below each other on a phone
+        assert (first["y"] == second["y"]) == (width > 640) and second["x"] + second["width"] <= width
         plots[0].scroll_into_view_if_needed()
         box = plots[0].bounding_box()
         for share in range(2, 19):
@@ -52,3 +54,19 @@ def test_a_browser_draws_the_plots_without_an_error_and_hover_works(page, width,
                 break
         tab.evaluate("Plotly.Fx.hover(document.querySelector('.js-plotly-plot'), [{curveNumber: 0, pointNumber: 1}])")
         assert tab.query_selector(".hoverlayer .hovertext") is not None
+
+
+@needs_a_browser
+def test_a_key_hides_and_shows_its_arm_in_every_panel_beside_it(page):
+    seen = "[...document.querySelectorAll('section')].map(s => [...s.querySelectorAll('.js-plotly-plot')].map(p => p.data.filter("
+    seen += "t => t.legendgroup === 'peri-ln' && t.visible !== false).length))"
+    with open_page(page[1], 1100, "light") as tab:
+        tab.wait_for_selector(".js-plotly-plot .scatterlayer .trace path.js-line", state="attached")
+        before = tab.evaluate(seen)
+        assert all(count > 0 for section in before for count in section)
+        key = tab.locator("section").first.locator("button", has_text="peri-ln")
+        key.click()
+        assert key.get_attribute("aria-pressed") == "false"
+        assert tab.evaluate(seen) == [[0, 0], *before[1:]]
+        key.click()
+        assert tab.evaluate(seen) == before

@@ -66,6 +66,8 @@ class Row:
         kinds: dict[tuple[str, str], int] = {}
         for change in self.changes:
             pair = (_head(change["before"]), _head(change["after"]))
+            if pair[0] == pair[1]:  # the same kind of module, set otherwise: how is what one wants to know
+                pair = (_short(change["before"]), _short(change["after"]))
             kinds[pair] = kinds.get(pair, 0) + 1
         shown = [f"{count} x {before} -> {after}" for (before, after), count in kinds.items()]
         return "; ".join(shown[:2]) + (f"; {len(shown) - 2} more kinds" if len(shown) > 2 else "")
@@ -355,6 +357,10 @@ def _ratio(ratio: float | None) -> str:
 
 def _head(text: str) -> str:
     return text.partition("(")[0]
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _state(row: Row) -> str:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from headway.trials.comparison import Comparison
 
 COLOURS = ("#4c6ef5", "#e8590c", "#2b8a3e", "#c2255c", "#0c8599", "#9c36b5", "#846a00", "#5c677d")
-_STYLE = "td{max-width:340px;overflow:hidden;text-overflow:ellipsis}"
+_STYLE = (
+    "td:first-child{min-width:min(340px,34vw);max-width:340px;white-space:normal;overflow-wrap:anywhere}"
+    "@media(max-width:640px){th,td{padding:5px 7px}}"
+)
 
 
 def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
@@ -40,16 +43,17 @@ def write(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
         _summary(comparison),
     ]
     embed = True
-    for heading, figure in (
+    keys = {arm: _colour(comparison, arm) for arm in comparison.arms}
+    for heading, figures in (
         ("Learning curves", _curves(comparison)),
         ("Signal and gradient by depth", _flows(comparison)),
         ("Speed and memory", _costs(comparison)),
     ):
         parts.append(f"<h2>{heading}</h2>")
-        if figure is None:
+        if not figures:
             parts.append('<p class="quiet">Nothing was recorded.</p>')
             continue
-        parts.append(pages.plot(figure, embed))
+        parts.append(pages.panels(figures, keys, embed))
         embed = False
     parts += [
         "<h2>What each arm changed</h2>",
@@ -66,7 +70,7 @@ def _summary(comparison: Comparison) -> str:
 
     task = comparison.task
     better = "lower is better" if task["lower_is_better"] else "higher is better"
-    heads = ["arm", "", f"{task['metric']} ({better})", "training loss", "step", "× first", "peak memory", "parameters"]
+    heads = ["arm", f"{task['metric']} ({better})", "training loss", "step", "× first", "peak memory", "parameters"]
     lines = []
     for row in comparison.rows:
         state = (
@@ -78,9 +82,9 @@ def _summary(comparison: Comparison) -> str:
             if row.failed
             else ""
         )
+        state = state or (f"{row.waiting} to run" if row.waiting else "")
         cells = [
-            row.arm,
-            state or (f"{row.waiting} to run" if row.waiting else ""),
+            f"{row.arm} · {state}" if state else row.arm,
             with_spread(row.mean, row.spread),
             with_spread(row.final_loss, row.final_loss_spread),
             "–" if row.step_seconds is None else f"{1e3 * row.step_seconds:.1f} ms",
@@ -89,7 +93,7 @@ def _summary(comparison: Comparison) -> str:
             "–" if row.parameters is None else f"{row.parameters:,}",
         ]
         lines.append(cells)
-    note = f'<p class="quiet">mean ± sample standard deviation over {len(comparison.seeds)} seed(s)</p>'
+    note = f'<p class="quiet">mean ± sample standard deviation over {_count(len(comparison.seeds), "seed")}</p>'
     return (
         pages.table(heads, lines, ("best" if row.best else "" for row in comparison.rows))
         + note
@@ -97,20 +101,32 @@ def _summary(comparison: Comparison) -> str:
     )
 
 
-def _dress(figure: go.Figure, height: int) -> go.Figure:
-    axis = {"gridcolor": "rgba(128,136,152,.22)", "zeroline": False}
-    figure.update_layout(
-        height=height,
-        margin={"l": 56, "r": 14, "t": 36, "b": 44},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"size": 12},
-        hovermode="closest",
-        legend={"orientation": "h", "y": -0.16, "yanchor": "top"},
+def _colour(comparison: Comparison, arm: str) -> str:
+    return COLOURS[comparison.arms.index(arm) % len(COLOURS)]
+
+
+def _panel(title: str, height: int, x: str = "") -> go.Figure:
+    import plotly.graph_objects as go
+
+    axis = {"gridcolor": "rgba(128,136,152,.22)", "zeroline": False, "automargin": True}
+    return go.Figure(
+        layout={
+            "title": {"text": title, "font": {"size": 14}, "x": 0.5, "xanchor": "center", "y": 0.97, "yanchor": "top"},
+            "height": height,
+            "margin": {"l": 48, "r": 12, "t": 36, "b": 40},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"size": 12},
+            "hovermode": "closest",
+            "showlegend": False,
+            "xaxis": axis | {"title": {"text": x, "standoff": 6}},
+            "yaxis": axis,
+        }
     )
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
-    return figure
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _smooth(values: list[float], window: int) -> list[float]:
@@ -121,16 +137,11 @@ def _smooth(values: list[float], window: int) -> list[float]:
     return out
 
 
-def _curves(comparison: Comparison) -> go.Figure | None:
-    from plotly.subplots import make_subplots
-
+def _curves(comparison: Comparison) -> list[go.Figure]:
     metric = comparison.task["metric"]
-    figure = make_subplots(
-        1, 2, subplot_titles=(f"held-out {metric}", "training loss, smoothed"), horizontal_spacing=0.1
-    )
-    drawn = False
-    for index, arm in enumerate(comparison.arms):
-        colour, first = COLOURS[index % len(COLOURS)], True
+    held, training = _panel(f"held-out {metric}", 340, "step"), _panel("training loss, smoothed", 340, "step")
+    for arm in comparison.arms:
+        first = True
         for seed in comparison.seeds:
             try:
                 curve = comparison.curves(arm, seed)
@@ -138,100 +149,104 @@ def _curves(comparison: Comparison) -> go.Figure | None:
                 continue
             if not curve["steps"]:
                 continue
-            drawn = True
             style: dict[str, Any] = {
                 "legendgroup": arm,
                 "name": arm,
                 "mode": "lines",
-                "line": {"color": colour, "width": 1.6},
+                "line": {"color": _colour(comparison, arm), "width": 1.6},
                 "opacity": 1.0 if first else 0.55,
+                "hovertemplate": f"{arm}, seed {seed}<br>step %{{x}}: %{{y:.4f}}<extra></extra>",
             }
-            held = curve["metrics"].get(metric, {"steps": [], "values": []})
-            tip = f"{arm}, seed {seed}<br>step %{{x}}: %{{y:.4f}}<extra></extra>"
-            figure.add_scatter(
-                x=held["steps"], y=held["values"], showlegend=first, hovertemplate=tip, row=1, col=1, **style
-            )
+            points = curve["metrics"].get(metric, {"steps": [], "values": []})
+            held.add_scatter(x=points["steps"], y=points["values"], **style)
             stride = max(1, len(curve["steps"]) // 400)
             loss = _smooth(curve["loss"], max(1, len(curve["loss"]) // 40))
-            figure.add_scatter(
-                x=curve["steps"][::stride], y=loss[::stride], showlegend=False, hovertemplate=tip, row=1, col=2, **style
-            )
+            training.add_scatter(x=curve["steps"][::stride], y=loss[::stride], **style)
             first = False
-    figure.update_xaxes(title_text="step")
-    return _dress(figure, 400) if drawn else None
+    for figure in (held, training):
+        _open_up(figure)
+    return [held, training] if training.data else []
 
 
-def _flows(comparison: Comparison) -> go.Figure | None:
-    from plotly.subplots import make_subplots
+def _open_up(figure: go.Figure) -> None:
+    """A logarithmic axis where one line starts so high that the others would lie on top of each other."""
+    values = _heights(figure)
+    if values and min(values) > 0 and max(values) > 3 * statistics.median(values):
+        _logarithmic(figure)
 
-    titles = (
-        "signal RMS, at the start",
-        "signal RMS, at the end",
-        "gradient RMS, at the start",
-        "gradient RMS, at the end",
-    )
-    figure = make_subplots(2, 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.16)
-    drawn = False
-    for index, arm in enumerate(comparison.arms):
-        for column, moment in enumerate(("start", "end"), 1):
-            flow = next(
-                (f[moment] for f in comparison.flows.get(arm, {}).values() if moment in f and "rows" in f[moment]), None
-            )
-            if flow is None:
-                continue
-            rows = [r for r in flow["rows"] if r.get("kind") == "stream"] or flow["rows"]
-            for line, quantity in enumerate(("rms", "grad_rms"), 1):
-                values = [r.get(quantity) for r in rows]
-                if not any(isinstance(v, (int, float)) and v > 0 for v in values):
+
+def _heights(figure: go.Figure) -> list[float]:
+    traces: Any = figure.data
+    return [v for trace in traces for v in trace.y or () if v is not None and math.isfinite(v)]
+
+
+def _logarithmic(figure: go.Figure) -> None:
+    values = _heights(figure)
+    figure.update_yaxes(type="log")
+    if not values:
+        return
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1,) if high - low > 3 else (1, 2, 5) if max(values) / min(values) > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    ticks = [(step, decade) for decade in range(low, high + 1) for step in steps]
+    words = [f"{step * 10.0**e:g}" if -3 <= e < 4 else f"{step:g}e{e}" for step, e in ticks]
+    figure.update_yaxes(tickvals=[step * 10.0**e for step, e in ticks], ticktext=words)
+
+
+def _flows(comparison: Comparison) -> list[go.Figure]:
+    figures = []
+    for what, quantity in (("signal", "rms"), ("gradient", "grad_rms")):
+        for moment in ("start", "end"):
+            figure = _panel(f"{what} RMS, at the {moment}", 300, "residual block")
+            for arm in comparison.arms:
+                probed = comparison.flows.get(arm, {}).values()
+                flow = next((f[moment] for f in probed if moment in f and "rows" in f[moment]), None)
+                if flow is None:
                     continue
-                drawn = True
+                rows = [r for r in flow["rows"] if r.get("kind") == "stream"] or flow["rows"]
+                values = [r.get(quantity) for r in rows]
+                values = [v if isinstance(v, (int, float)) and v > 0 else None for v in values]
+                if not any(values):
+                    continue
                 figure.add_scatter(
                     x=list(range(1, len(rows) + 1)),
-                    y=[v if isinstance(v, (int, float)) and v > 0 else None for v in values],
+                    y=values,
                     text=[r["name"] for r in rows],
                     name=arm,
                     legendgroup=arm,
-                    showlegend=line == 1 and column == 1,
                     mode="lines+markers",
-                    line={"color": COLOURS[index % len(COLOURS)], "width": 1.6},
+                    line={"color": _colour(comparison, arm), "width": 1.6},
                     marker={"size": 5},
                     hovertemplate=f"{arm}<br>%{{text}}: %{{y:.3g}}<extra></extra>",
-                    row=line,
-                    col=column,
                 )
-    if not drawn:
-        return None
-    figure.update_yaxes(type="log")
-    figure.update_xaxes(title_text="residual block", row=2)
-    return _dress(figure, 640)
+            if figure.data:
+                _logarithmic(figure)
+                figures.append(figure)
+    return figures
 
 
-def _costs(comparison: Comparison) -> go.Figure | None:
-    from plotly.subplots import make_subplots
-
+def _costs(comparison: Comparison) -> list[go.Figure]:
     rows = [row for row in comparison.rows if row.step_seconds is not None]
-    if not rows:
-        return None
-    figure = make_subplots(
-        1, 2, subplot_titles=("step, ms (median)", "peak memory of training, MiB"), horizontal_spacing=0.06
-    )
-    colours = [COLOURS[comparison.arms.index(row.arm) % len(COLOURS)] for row in rows]
-    for column, values in enumerate(
-        ([1e3 * (row.step_seconds or 0) for row in rows], [(row.peak_memory or 0) / 2**20 for row in rows]), 1
+    figures = []
+    for title, values in (
+        ("step, ms (median)", [1e3 * (row.step_seconds or 0) for row in rows]),
+        ("peak memory of training, MiB", [(row.peak_memory or 0) / 2**20 for row in rows]),
     ):
-        figure.add_bar(
-            y=[row.arm for row in rows],
-            x=values,
-            orientation="h",
-            marker={"color": colours},
-            showlegend=False,
-            hovertemplate="%{y}: %{x:.1f}<extra></extra>",
-            row=1,
-            col=column,
-        )
-    figure.update_yaxes(showticklabels=False, col=2)  # the arms stand in the same order on the left
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return _dress(figure, 110 + 34 * len(rows))
+        figure = _panel(title, 90 + 30 * len(rows))
+        for row, value in zip(rows, values, strict=True):
+            figure.add_bar(
+                y=[row.arm],
+                x=[value],
+                orientation="h",
+                name=row.arm,
+                legendgroup=row.arm,
+                marker={"color": _colour(comparison, row.arm)},
+                text=f"{value:.3g}",
+                textposition="inside",
+                hovertemplate=f"{row.arm}: %{{x:.1f}}<extra></extra>",
+            )
+        figure.update_yaxes(autorange="reversed", showticklabels=False)  # the colours are told below
+        figures.append(figure)
+    return figures if rows else []
 
 
 def _changes(comparison: Comparison) -> str:
@@ -253,7 +268,10 @@ def _machine(comparison: Comparison) -> str:
     facts = next((f for by_seed in comparison.facts.values() for f in by_seed.values() if f.get("machine")), {})
     seconds = [s for arm in comparison.arms for seed in comparison.seeds if (s := _seconds(comparison, arm, seed))]
     timing = {"training time of a run": f"median {statistics.median(seconds):.1f} s"} if seconds else {}
-    return pages.facts(facts.get("machine") or {}, facts.get("versions") or {}, timing)
+    computer = dict(facts.get("machine") or {})
+    if isinstance(computer.get("memory"), int):
+        computer["memory"] = f"{computer['memory'] / 2**30:.1f} GiB"
+    return pages.facts(computer, facts.get("versions") or {}, timing)
 
 
 def _seconds(comparison: Comparison, arm: str, seed: int) -> float | None:
