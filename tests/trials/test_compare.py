@@ -174,3 +174,14 @@ def test_numbers_carry_as_many_digits_as_their_spread_bears():
     assert with_spread(1.23456, 0.0123) == "1.235 ± 0.012"
     assert with_spread(97.5, 1.5) == "97.5 ± 1.5"
     assert with_spread(None, None) == "-"
+
+
+def test_what_changed_is_told_by_the_setting_that_differs():
+    from headway.trials.comparison import _change
+
+    assert _change("TransformerBlock(placement='pre')", "TransformerBlock(placement='peri')") == (
+        "TransformerBlock(placement='pre' -> 'peri')"
+    )
+    assert _change("LayerNorm((8,), eps=1e-05)", "LayerNorm((8,), bias=True)") == "LayerNorm -> LayerNorm"
+    assert _change("LayerNorm((8,), eps=1e-05)", "RMSNorm((8,), eps=1e-05)") == "LayerNorm -> RMSNorm"
+    assert _change("ReLU", "SELU()") == "ReLU -> SELU"

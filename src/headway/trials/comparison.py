@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
@@ -62,14 +63,9 @@ class Row:
     best: bool = False
 
     def changed(self) -> str:
-        """What changed, in a few words: ``12 x LayerNorm(...) -> RMSNorm(...)``."""
-        kinds: dict[tuple[str, str], int] = {}
-        for change in self.changes:
-            pair = (_head(change["before"]), _head(change["after"]))
-            if pair[0] == pair[1]:  # the same kind of module, set otherwise: how is what one wants to know
-                pair = (_short(change["before"]), _short(change["after"]))
-            kinds[pair] = kinds.get(pair, 0) + 1
-        shown = [f"{count} x {before} -> {after}" for (before, after), count in kinds.items()]
+        """What changed, in a few words: ``12 x LayerNorm -> RMSNorm``, ``6 x TransformerBlock(placement='pre' -> 'peri')``."""
+        kinds = Counter(_change(change["before"], change["after"]) for change in self.changes)
+        shown = [f"{count} x {change}" for change, count in kinds.items()]
         return "; ".join(shown[:2]) + (f"; {len(shown) - 2} more kinds" if len(shown) > 2 else "")
 
 
@@ -355,12 +351,13 @@ def _ratio(ratio: float | None) -> str:
     return "" if ratio is None else f" ({ratio:.2f}x)"
 
 
-def _head(text: str) -> str:
-    return text.partition("(")[0]
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _change(before: str, after: str) -> str:
+    """Names of modules, or what is set otherwise in modules of one name."""
+    (head, _, old), (name, _, new) = before.partition("("), after.partition("(")
+    settings = list(zip(old[:-1].split(", "), new[:-1].split(", "), strict=False))
+    differ = [f"{was} -> {now.rpartition('=')[2]}" for was, now in settings if was != now]
+    alike = head == name and all(was.partition("=")[0] == now.partition("=")[0] for was, now in settings)
+    return f"{head}({', '.join(differ)})" if alike and len(differ) == 1 else f"{head} -> {name}"
 
 
 def _state(row: Row) -> str:

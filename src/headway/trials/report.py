@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4c6ef5", "#e8590c", "#2b8a3e", "#c2255c", "#0c8599", "#9c36b5", "#846a00", "#5c677d")
 _STYLE = (
-    "td:first-child{min-width:min(340px,34vw);max-width:340px;white-space:normal;overflow-wrap:anywhere}"
+    "td:first-child{min-width:min(190px,34vw);max-width:340px;white-space:normal;overflow-wrap:anywhere}"
     "@media(max-width:640px){th,td{padding:5px 7px}}"
 )
 
