@@ -396,7 +396,7 @@ def test_a_lost_answer_and_a_second_try_leave_the_same_state(nets):
         for x in nets.stream(5):
             client(x)
             client.synchronise()
-        states.append(cloud.deployment("a").adapter._tensors())
+        states.append(cloud.deployment("a").adapter.tensors())
         assert client.stats()["uploaded"] == 80 and client.stats()["failures"] == len(answers)
         assert len(link.seen) == 5 + len(answers)
     assert all(torch.equal(states[1][name], t) for name, t in states[0].items())

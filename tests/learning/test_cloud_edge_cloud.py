@@ -210,11 +210,11 @@ def test_reset_statistics_are_those_of_the_first_uploaded_batch_and_the_edge_sta
 def test_a_step_that_goes_wrong_changes_nothing(nets, monkeypatch):
     adapter = adapter_of(nets)
     list(adapter.receive({"": nets.stream(1)[0]}))
-    before = adapter._tensors()
+    before = adapter.tensors()
     monkeypatch.setattr(adapter, "_logits", lambda model, samples: torch.full((8, 4), math.nan))
     assert list(adapter.receive({"": nets.stream(2)[1][:8]})) == []
     assert adapter.failures == 1 and "loss of the foundation model is nan" in adapter.last_error
-    after = adapter._tensors()
+    after = adapter.tensors()
     assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
 
 
@@ -364,12 +364,12 @@ def test_a_message_sent_twice_counts_once(cloud, nets):
     x = nets.stream(1)[0]
     assert upload(cloud, x, 1).json() == {"queued": 16, "version": 0}
     cloud.process()
-    state = cloud.deployment("a").adapter._tensors()
+    state = cloud.deployment("a").adapter.tensors()
     assert upload(cloud, x, 1).status == 409
     cloud.process()
     deployment = cloud.deployment("a")
     assert deployment.published.version == 2 and deployment.counters.duplicates == 1
-    assert all(torch.equal(t, state[name]) for name, t in deployment.adapter._tensors().items())
+    assert all(torch.equal(t, state[name]) for name, t in deployment.adapter.tensors().items())
 
 
 def test_what_cannot_be_taken_is_answered_with_its_reason(cloud, nets):

@@ -16,6 +16,8 @@ refreshing batch norm's statistics on the device is already enough: measure that
 
     client = EdgeClient(edge(), "http://127.0.0.1:8008")
     logits = client(x)
+
+``--processes 4`` (``CloudServer(..., processes=4)``) shares each batch among four processes that do the step together.
 """
 
 from headway._lazy import attach as _attach

@@ -4,7 +4,7 @@
     POST /v1/samples       Idempotency-Key deployment:sequence       -> 202; 409 had it already; 413; 422 not finite; 429 wait
     GET  /v1/params        ?deployment=&since=epoch.version&wait=    -> 304, or 200 with what changed; ``wait`` holds the answer back
     POST /v1/rollback      {deployment, reason}                      -> 200 {epoch, version} of the source parameters, newly published
-    GET  /v1/health                                                  -> 200 {status, epoch, deployments}
+    GET  /v1/health                                                  -> 200 {status, epoch, processes, deployments}
 
 Answers never wait for a step: what edges may fetch is published beside the network that is worked on.
 """
@@ -50,11 +50,14 @@ class CloudServer:
         max_body: bytes of the largest message.
         max_deployments: adapted copies at most.
         checkpoint_every: steps between two writes to ``state_dir``.
+        processes: that share every batch and do each step together (:mod:`~headway.learning.cloud_edge.crew`); with 1 the server does
+            it itself. With more, what is given must be picklable and a script needs ``if __name__ == "__main__":``.
 
     The models given are copied and stay as they are.
 
     Raises:
-        ValueError: a network without affine normalisation, different numbers of classes, or a ``state_dir`` of another network.
+        ValueError: a network without affine normalisation, different numbers of classes, a ``state_dir`` of another network, or
+            networks that several processes cannot share.
     """
 
     def __init__(
@@ -73,13 +76,14 @@ class CloudServer:
         max_body: int = 8 << 20,
         max_deployments: int = 64,
         checkpoint_every: int = 10,
+        processes: int = 1,
         **settings: Any,
     ) -> None:
         self.settings = Settings(batch_size, replay, edge_lr=edge_lr, cloud_lr=cloud_lr, **settings)
         self.architecture, self.weights = architecture_hash(edge_model), weights_checksum(edge_model)
         self.classes = class_count(edge_model)
         models = prepare(edge_model, foundation_model, self.settings)
-        self._shop = Workshop(models, self.settings, self.architecture, state_dir, checkpoint_every)
+        self._shop = Workshop(models, self.settings, self.architecture, state_dir, checkpoint_every, processes)
         self.shared, self.token, self.queue, self.max_body = shared, token, queue, max_body
         self.max_deployments = max_deployments
 
@@ -221,7 +225,9 @@ class CloudServer:
 
     def _health(self, request: Request, query: dict[str, str]) -> Response:
         copies = {name: copy.health() for name, copy in list(self._shop.copies.items())}
-        return _json(200, {"status": "ok", "epoch": self.epoch, "deployments": copies})
+        crew = self._shop.crew
+        processes = {} if crew is None else {"asked": crew.processes, "alive": crew.alive, "losses": crew.losses}
+        return _json(200, {"status": "ok", "epoch": self.epoch, "processes": processes, "deployments": copies})
 
     # --- the work
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headway.learning.cloud_edge.adaptation import Adapter
 from headway.learning.cloud_edge.affine import Samples, checksum, count, travelling
+from headway.learning.cloud_edge.crew import Crew
 from headway.learning.cloud_edge.messages import pack
 from headway.learning.cloud_edge.saved import StateFolder
 from headway.learning.cloud_edge.settings import Settings
@@ -68,10 +69,16 @@ class Deployment:
     """
 
     def __init__(
-        self, name: str, edge: nn.Module, foundation: nn.Module, e_max0: float, settings: Settings, epoch: int
+        self,
+        name: str,
+        models: tuple[nn.Module, nn.Module],
+        e_max0: float,
+        settings: Settings,
+        epoch: int,
+        crew: Crew | None = None,
     ) -> None:
         self.name, self.epoch = name, epoch
-        self.adapter = Adapter(edge, foundation, e_max0, settings)
+        self.adapter = Adapter(*models, e_max0, settings, crew)
         self.at_work = threading.Lock()
         self.inbox: deque[Samples] = deque()
         self.busy = False

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from headway.learning.cloud_edge.selection import entropy
 
+TEACHER_NOT_FINITE = "the teacher's logits are not finite; lower cloud_lr or look at what is uploaded"
+
 
 def entropy_loss(logits: Tensor, e_max: float | None = None) -> Tensor:
     """mean_i exp(e_max - H_i) H_i, without gradient through the weight; unweighted where ``e_max`` is None. (n, C) -> scalar; 0 for
@@ -59,7 +61,7 @@ class SelectiveEntropyDistillation(nn.Module):
             )
         s, T = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (student_logits, teacher_logits.detach()))
         if not torch.compiler.is_compiling() and not torch.isfinite(T).all():
-            raise ValueError("the teacher's logits are not finite; lower cloud_lr or look at what is uploaded")
+            raise ValueError(TEACHER_NOT_FINITE)
         v = torch.ones_like(T[:, 0]) if self.e_max is None else (self.e_max - entropy(T)).exp()
         log_p, log_q = F.log_softmax(T / self.tau, -1), F.log_softmax(s / self.tau, -1)
         divergence = self.tau**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

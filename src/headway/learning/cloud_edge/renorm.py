@@ -17,10 +17,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from headway.norms.statistics import RunningStatistics
 from headway.surgery import Replace, Site, apply
+
+
+class _Everywhere(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        whole = part.clone()
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        whole = gradient.clone()
+        torch.distributed.all_reduce(whole)
+        return whole
 
 
 class BatchRenorm(RunningStatistics, _BatchNorm):
@@ -69,6 +87,11 @@ class BatchRenorm(RunningStatistics, _BatchNorm):
         self.num_batches_tracked.zero_()
         self._undefined = True
 
+    @property
+    def undefined(self) -> bool:
+        """Whether the next batch defines the running statistics."""
+        return self._undefined
+
     def statistics_loaded(self) -> None:
         """Says that the running statistics were written from outside."""
         self._undefined = False
@@ -114,12 +137,19 @@ class BatchRenorm(RunningStatistics, _BatchNorm):
                 )
             var, mean = torch.var_mean(x, axes, correction=min(1, count - 1))
             return mean, var
-        from torch.distributed.nn.functional import all_reduce
-
-        total = all_reduce(torch.cat([x.sum(axes), x.new_tensor([count])]))
+        total = _Everywhere.apply(torch.cat([x.sum(axes), x.new_tensor([count])]))
         mean = total[:-1] / total[-1]
-        squares = all_reduce((x - self._spread(mean, x)).square().sum(axes))
+        squares = _Everywhere.apply((x - self._spread(mean, x)).square().sum(axes))
         return mean, squares / (total[-1] - 1)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor) -> None:
+        """Moves the running statistics towards those of a batch."""
+        if not self._frozen:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.0)
+            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum or 0.0)
 
     @staticmethod
     def _spread(channels: Tensor, x: Tensor) -> Tensor:
@@ -141,11 +171,8 @@ class BatchRenorm(RunningStatistics, _BatchNorm):
             sd_run = (self.running_var + self.eps).sqrt()
             r = (var + self.eps).sqrt() / sd_run
             d = (mean - self.running_mean) / sd_run
-            if self.training and not self._frozen:
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.0)
-                self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum or 0.0)
+        if self.training:
+            self._move(mean, var)
         y = (x - self._spread(mean, x)) * self._spread(r / (var + self.eps).sqrt(), x) + self._spread(d, x)
         if self.weight is not None:
             y = y * self._spread(self.weight, x) + self._spread(self.bias, x)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import socketserver
@@ -180,6 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--edge-lr", type=float, default=2.5e-3)
     parser.add_argument("--cloud-lr", type=float, default=2.5e-4)
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps between two writes to the state")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that share every batch and do each step together"
+    )
     parser.add_argument("--certificate", help="PEM file with certificate and key: serves https")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -187,10 +191,14 @@ def main(arguments: list[str] | None = None) -> None:
     if given.certificate:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(given.certificate)
+    if given.processes > 1 and "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(
+            ["headway.learning.cloud_edge.crew_member"]
+        )  # new processes start at once
     cloud = CloudServer(
         load_model(given.edge)[0], load_model(given.foundation)[0], given.batch_size, given.replay, given.edge_lr,
         given.cloud_lr, given.state_dir, shared=given.shared, token=os.environ.get("HEADWAY_TOKEN") or None,
-        checkpoint_every=given.checkpoint_every,
+        checkpoint_every=given.checkpoint_every, processes=given.processes,
     )  # fmt: skip
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Where the cloud's adapted copies are kept and worked on, one message after the other, by one worker."""
+"""Where the cloud's adapted copies are kept and worked on, one message after the other, by one worker (and its crew of processes)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import torch
 from torch import nn
 
+from headway.learning.cloud_edge.crew import Crew
 from headway.learning.cloud_edge.deployment import Deployment
 from headway.learning.cloud_edge.saved import StateFolder, new_epoch
 from headway.learning.cloud_edge.settings import Settings
@@ -26,6 +27,7 @@ class Workshop:
         architecture: the edge network's hash; a folder with the state of another one is refused.
         state_dir: where state is kept, or None.
         checkpoint_every: steps between two writes.
+        processes: that do the steps together; with 1 the worker does them itself.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Workshop:
         architecture: str,
         state_dir: str | os.PathLike[str] | None,
         checkpoint_every: int,
+        processes: int = 1,
     ) -> None:
         self._models, self._settings, self._architecture = models, settings, architecture
         self.checkpoint_every = max(1, checkpoint_every)
+        self.crew = None if processes == 1 else Crew(models, settings, processes)
         self.copies: dict[str, Deployment] = {}
         self.of_edge: dict[str, Deployment] = {}
         self.news = threading.Condition()
@@ -56,7 +60,7 @@ class Workshop:
 
     def new_copy(self, name: str, e_max0: float) -> Deployment:
         """A copy that starts from the source parameters."""
-        self.copies[name] = Deployment(name, *self._models, e_max0, self._settings, self.epoch)
+        self.copies[name] = Deployment(name, self._models, e_max0, self._settings, self.epoch, self.crew)
         return self.copies[name]
 
     def process(self) -> None:
@@ -108,6 +112,11 @@ class Workshop:
                 self._worker.start()
 
     def _run(self) -> None:
+        if self.crew is not None:
+            try:
+                self.crew.start()
+            except RuntimeError as error:
+                log.error("%s; the next step tries again", error)
         while not self.closed:
             copy = self._next()
             if copy is not None:
@@ -131,6 +140,8 @@ class Workshop:
         if self._worker is not None:
             self._worker.join()
             self._worker = None
+        if self.crew is not None:
+            self.crew.close()
         if self._folder is not None:
             for copy in list(self.copies.values()):
                 with copy.at_work:
