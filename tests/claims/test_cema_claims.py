@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from headway.claims import cema
+from headway.claims import cema, cema_costs, cema_streams
 from headway.learning.cloud_edge.affine import travelling
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    net = cema.network(4)
+    net = cema_streams.network(4)
     for _ in range(3):
         net(torch.rand(32, 1, 8, 8))
     return net.eval()
@@ -21,7 +21,7 @@ def net():
 @torch.no_grad()
 def test_a_refreshed_network_takes_the_statistics_of_the_batch_and_the_source_stays(net):
     before, x = copy.deepcopy(net.state_dict()), torch.rand(32, 1, 8, 8) * 3
-    logits = cema.refreshed(net)(x)
+    logits = cema_streams.refreshed(net)(x)
     twin = copy.deepcopy(net)
     for i in (1, 4, 7):
         h = twin[:i](x)
@@ -33,9 +33,9 @@ def test_a_refreshed_network_takes_the_statistics_of_the_batch_and_the_source_st
 
 def test_tent_predicts_before_it_learns_and_learns_affine_parameters_alone(net):
     before, x = copy.deepcopy(net.state_dict()), torch.rand(32, 1, 8, 8) * 3
-    predict = cema.tent(net, lr=0.1)
+    predict = cema_streams.tent(net, lr=0.1)
     first = predict(x)
-    torch.testing.assert_close(first, cema.refreshed(net)(x))
+    torch.testing.assert_close(first, cema_streams.refreshed(net)(x))
     for _ in range(20):
         last = predict(x)
     entropies = [-(z.softmax(1) * z.log_softmax(1)).sum(1).mean() for z in (first, last)]
@@ -44,9 +44,9 @@ def test_tent_predicts_before_it_learns_and_learns_affine_parameters_alone(net):
 
 
 def test_streams_are_the_same_for_every_arm_and_shifted():
-    a, b = cema.stream("noise", 0, 3), cema.stream("noise", 0, 3)
+    a, b = cema_streams.stream("noise", 0, 3), cema_streams.stream("noise", 0, 3)
     assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(a, b, strict=True))
-    clean = cema.SHIFTS["blur"](torch.ones(1, 1, 8, 8), torch.Generator())
+    clean = cema_streams.SHIFTS["blur"](torch.ones(1, 1, 8, 8), torch.Generator())
     assert clean[0, 0, 4, 4] == 1 and clean[0, 0, 0, 0] < 1
 
 
@@ -71,13 +71,13 @@ def row(shift, ours, rival, share=0.3):
     ],
 )
 def test_verdicts_follow_the_numbers(ours, rival, share, wanted):
-    rows = [row(shift, ours, rival, share) for shift in cema.SHIFTS]
+    rows = [row(shift, ours, rival, share) for shift in cema_streams.SHIFTS]
     assert [make(rows).verdict for make in (cema._shifted, cema._few, cema._chance)] == wanted
 
 
 def test_the_share_of_a_message_is_measured_on_what_was_sent():
-    evidence = cema._messages(True)
-    net = cema.network(48)
+    evidence = cema_costs.messages(True)
+    net = cema_streams.network(48)
     values = sum(t.numel() * 4 for t in travelling(net).values())
     found = evidence.rows[1]
     assert values < found["update"] < values + 1500
