@@ -44,7 +44,17 @@ def examine() -> dict[str, Any]:
     from headway.kernels.library import status
 
     versions = {}
-    for name in ("headway", "torch", "transformers", "accelerate", "torch_geometric", "ray", "numpy", "scikit-learn"):
+    for name in (
+        "headway",
+        "torch",
+        "transformers",
+        "accelerate",
+        "torch_geometric",
+        "ray",
+        "numpy",
+        "pillow",
+        "scikit-learn",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
