@@ -168,7 +168,9 @@ def test_folders_and_lists_without_pictures_are_one_sentence(tmp_path):
         assert sentence(error)
     with pytest.raises(DataError, match="at least two are needed"):
         held_out([tmp_path])
-    assert [len(part) for part in held_out([tmp_path] * 30)] == [27, 3]
+    names = [tmp_path / str(i) for i in range(25)]
+    assert held_out(names) == ([*names[:9], *names[10:19], *names[20:]], [names[9], names[19]])
+    assert held_out(names[:3]) == (names[:2], names[2:3])
 
 
 def test_two_unpaired_domains_lie_in_four_folders(tmp_path):
@@ -178,7 +180,7 @@ def test_two_unpaired_domains_lie_in_four_folders(tmp_path):
     }
     found = unpaired(tmp_path)
     assert found.train_a == made["trainA"] and found.test_a == made["testA"]
-    assert [*found.train_b, *found.test_b] == sorted(made["trainB"]) and len(found.test_b) == 2  # a tenth
+    assert sorted([*found.train_b, *found.test_b]) == sorted(made["trainB"]) and len(found.test_b) == 2  # a tenth
     picture(tmp_path / "testB" / "0.png", 2, 2)
     assert [len(part) for part in unpaired(tmp_path)] == [3, 20, 2, 1]
 

@@ -10,7 +10,7 @@ from headway.tasks.batches import Batches
 from headway.tasks.names import parse, spell, split
 from headway.tasks.task import Task, get, names
 
-_OF_FILES = ["cifar", "mnist", "text"]
+_OF_FILES = ["cifar", "inpainting", "mnist", "text", "translation"]
 EMBEDDED = [name for name in names() if name not in _OF_FILES] + ["digits-diffusion(network='unet')"]
 
 

@@ -17,6 +17,8 @@ _NAMES = {
     "DigitsDiffusion": "headway.tasks.diffusion",
     "MNIST": "headway.tasks.digits",
     "CIFAR": "headway.tasks.digits",
+    "PhotoInpainting": "headway.tasks.photos",
+    "PhotoTranslation": "headway.tasks.photos",
     "Table": "headway.tasks.tables",
     "read_idx": "headway.tasks.idx",
     "read_cifar": "headway.tasks.cifar",

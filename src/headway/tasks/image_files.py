@@ -198,3 +198,8 @@ class MaskFiles(ImageFiles):
     def _read(self, path: Path, draw: torch.Generator | None) -> Tensor:
         mask = read_mask(path, self.size, self.hole)
         return mask if draw is None or torch.rand(1, generator=draw) < 0.5 else mask.flip(-1)
+
+
+def taken(images: Tensor | ImageFiles, index: Tensor, draw: torch.Generator | None = None) -> Tensor:
+    """Images of these places, whether they lie in memory or on disk, those on disk drawn as :meth:`ImageFiles.take` says."""
+    return images[index] if isinstance(images, Tensor) else images.take(index, draw)

@@ -77,19 +77,19 @@ def _text(path: Path) -> str:
 
 
 def held_out(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """All but the last tenth, and the last tenth, where nothing else says what is held out.
+    """All but every tenth, and every tenth (of fewer than ten, the last), where nothing else says what is held out.
 
     Raises:
         DataError: fewer than two pictures.
     """
     if len(paths) < 2:
         raise DataError(f"{len(paths)} picture(s) cannot be trained on and held out; at least two are needed")
-    cut = len(paths) - max(1, len(paths) // 10)
-    return list(paths[:cut]), list(paths[cut:])
+    late = range(min(len(paths), 10) - 1, len(paths), 10)
+    return [path for i, path in enumerate(paths) if i not in late], [paths[i] for i in late]
 
 
 def unpaired(folder: str | os.PathLike[str]) -> Domains:
-    """Two domains in the folders ``trainA``, ``trainB``, ``testA``, ``testB``; without a test folder a tenth of its domain is held out.
+    """Two domains in the folders ``trainA``, ``trainB``, ``testA``, ``testB``; without a test folder every tenth is held out.
 
     Raises:
         DataError: a training folder is missing or holds no picture.
@@ -138,7 +138,7 @@ def read_attributes(path: str | os.PathLike[str]) -> tuple[list[str], list[str],
 def by_attribute(folder: str | os.PathLike[str], attribute: str) -> Domains:
     """Faces without an attribute (a) and with it (b): pictures under ``folder`` with the list of their attributes beside them.
 
-    Held out are those that ``list_eval_partition.txt`` marks with 2; without such a file the last tenth of each domain.
+    Held out are those that ``list_eval_partition.txt`` marks with 2; without such a file every tenth of each domain.
 
     Args:
         folder: holds ``list_attr_celeba.txt`` (or ``.csv``), and the pictures in it or in any folder below.

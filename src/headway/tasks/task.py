@@ -36,6 +36,8 @@ _BUILT_IN = {
     "digits-mosaic": "headway.tasks.mosaic:DigitsMosaic",
     "digits-inpainting": "headway.tasks.inpainting:DigitsInpainting",
     "digits-translation": "headway.tasks.translation:DigitsTranslation",
+    "inpainting": "headway.tasks.photos:PhotoInpainting",
+    "translation": "headway.tasks.photos:PhotoTranslation",
     "mnist": "headway.tasks.digits:MNIST",
     "cifar": "headway.tasks.digits:CIFAR",
     "table": "headway.tasks.tables:Table",

@@ -7,56 +7,42 @@ covariance of red, green and blue. The network has adaptive instance norms;
     headway compare digits-translation --arms "baseline,gdwct(groups=8),gdwct(groups=1)"
 
 trains it beside its twins with group-wise whitening and colouring. A generator and its discriminators step together here, in one
-optimiser, while :meth:`headway.vision.translation.GDWCTTranslator.training_step` takes turns.
+optimiser, while :meth:`headway.vision.translation.GDWCTTranslator.training_step` takes turns. On photographs:
+:mod:`headway.tasks.photos`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.tasks.batches import Batches
+from headway.tasks.batches import Batches, generator_for
 from headway.tasks.digits import _sklearn_digits
+from headway.tasks.image_files import ImageFiles, taken
 from headway.tasks.task import Task
 from headway.vision.translation import GDWCTTranslator
 
 Pair = tuple[Tensor, Tensor]
+Domain = tuple[Tensor | ImageFiles, Tensor | ImageFiles]
 
 
-class DigitsTranslation(Task):
-    """scikit-learn's digits at 32x32 in two domains; the metric is the error of the colours' covariance.
+class Translation(Task):
+    """Two domains of unpaired images, and :class:`headway.vision.translation.GDWCTTranslator` with adaptive instance norms between them;
+    the metric is the error of the colours' covariance."""
 
-    Args:
-        base_dim, blocks: of the network. size: of the images.
-    """
-
-    name = "digits-translation"
     metric = "covariance_error"
     batch_size = 8
     budget = "600 steps"
     learning_rate = 1e-3
+    base_dim: int
+    blocks: int
 
-    def __init__(self, base_dim: int = 16, blocks: int = 2, size: int = 32) -> None:
-        if base_dim < 4 or base_dim % 4 or size < 16 or size % 4:
-            raise ValueError(
-                f"base_dim is a multiple of 4, and size one of at least 16; they are {base_dim} and {size}"
-            )
-        self.base_dim, self.blocks, self.size = base_dim, blocks, size
-        self._images: tuple[Pair, Pair] | None = None
-        self._labels: Pair | None = None
-
-    def data(self) -> tuple[Pair, Pair]:
+    def data(self) -> tuple[Domain, Domain]:
         """Images (count, 3, size, size) of the domains a and b between -1 and 1, to train on and held out."""
-        if self._images is None:
-            train, labels, held_out, held_labels = _sklearn_digits()
-            draw = torch.Generator().manual_seed(0)
-            self._images = tuple((plain(x, self.size), coloured(x, self.size, draw)) for x in (train, held_out))  # type: ignore[assignment]
-            self._labels = labels, held_labels
-        assert self._images is not None
-        return self._images
+        raise NotImplementedError
 
     def model(self, seed: int) -> nn.Module:
         return GDWCTTranslator(
@@ -74,20 +60,54 @@ class DigitsTranslation(Task):
         return torch.optim.Adam(params, lr=self.learning_rate, betas=(0.5, 0.999))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Of held-out digits in the style of held-out exemplars of other digits: ``covariance_error``, the distance of the output's
-        covariance of colours from the exemplar's, relative to it; ``accuracy`` in percent, with which the digit is still recognised."""
-        (_, _), (contents, exemplars) = self.data()
-        assert self._labels is not None
+        """``covariance_error`` of held-out images of a in the style of held-out exemplars of b: the distance of the output's covariance
+        of colours from the exemplar's, relative to it."""
+        return {"covariance_error": covariance_error(*self.translated(model))}
+
+    def translated(self, model: nn.Module) -> Pair:
+        """Held-out images of a in the style of exemplars of b, at most 400, and those exemplars. Neither shows what the other does."""
+        _, (contents, exemplars) = self.data()
         network = getattr(model, "module", model)
         assert isinstance(network, GDWCTTranslator)
-        device, exemplars = next(model.parameters()).device, exemplars.roll(1, 0)
-        made = [
-            network.translate(a.to(device), b.to(device)).float().cpu()
-            for a, b in zip(contents.split(40), exemplars.split(40), strict=True)
-        ]
+        device, parts = next(model.parameters()).device, []
+        for index in torch.arange(min(len(contents), 400)).split(40):
+            a, b = taken(contents, index), taken(exemplars, (index - 1) % len(exemplars))
+            parts.append((network.translate(a.to(device), b.to(device)).float().cpu(), b))
+        made, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
+        return made, wanted
+
+
+class DigitsTranslation(Translation):
+    """scikit-learn's digits at 32x32 in two domains.
+
+    Args:
+        base_dim, blocks: of the network. size: of the images.
+    """
+
+    name = "digits-translation"
+
+    def __init__(self, base_dim: int = 16, blocks: int = 2, size: int = 32) -> None:
+        check_sizes(base_dim, size)
+        self.base_dim, self.blocks, self.size = base_dim, blocks, size
+        self._images: tuple[Pair, Pair] | None = None
+        self._labels: Pair | None = None
+
+    def data(self) -> tuple[Pair, Pair]:
+        if self._images is None:
+            train, labels, held_out, held_labels = _sklearn_digits()
+            draw = torch.Generator().manual_seed(0)
+            self._images = tuple((plain(x, self.size), coloured(x, self.size, draw)) for x in (train, held_out))  # type: ignore[assignment]
+            self._labels = labels, held_labels
+        assert self._images is not None
+        return self._images
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """``covariance_error``, and ``accuracy`` in percent, with which the digit is still recognised."""
+        made, exemplars = self.translated(model)
+        assert self._labels is not None
         return {
-            "covariance_error": covariance_error(torch.cat(made), exemplars),
-            "accuracy": self.recognised(torch.cat(made), self._labels[1]),
+            "covariance_error": covariance_error(made, exemplars),
+            "accuracy": self.recognised(made, self._labels[1]),
         }
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
@@ -106,10 +126,8 @@ class DigitsTranslation(Task):
 class _Unpaired(Iterator[Pair]):
     """Batches of both domains that have nothing to do with each other."""
 
-    def __init__(self, images: Pair, batch_size: int, seed: int) -> None:
-        self.parts = [
-            Batches(len(x), batch_size, 2 * seed + i, lambda index, x=x: x[index]) for i, x in enumerate(images)
-        ]
+    def __init__(self, images: Domain, batch_size: int, seed: int) -> None:
+        self.parts = [Batches(len(x), batch_size, 2 * seed + i, _take(x, 2 * seed + i)) for i, x in enumerate(images)]
 
     def skip(self, steps: int) -> None:
         for part in self.parts:
@@ -118,6 +136,15 @@ class _Unpaired(Iterator[Pair]):
     def __next__(self) -> Pair:
         a, b = (next(part) for part in self.parts)
         return a, b
+
+
+def _take(images: Tensor | ImageFiles, seed: int) -> Callable[[Tensor], Tensor]:
+    return lambda index: taken(images, index, generator_for(seed, int(index[0]) * 7919 + int(index[-1])))
+
+
+def check_sizes(base_dim: int, size: int) -> None:
+    if base_dim < 4 or base_dim % 4 or size < 16 or size % 4:
+        raise ValueError(f"base_dim is a multiple of 4, and size one of at least 16; they are {base_dim} and {size}")
 
 
 def plain(digits: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Irregular holes: strokes of a wandering brush, as in the mask sets that inpainting is trained and judged with.
+"""Holes: strokes of a wandering brush, as in the mask sets that inpainting is trained and judged with, and rectangles.
 
 Liu et al., "Image Inpainting for Irregular Holes Using Partial Convolutions", 2018, arXiv 1804.07723, collect such masks by the share
 of the image they take; here they are drawn.
@@ -49,3 +49,32 @@ def irregular_masks(
         x += radius * angle.cos()
         steps -= 1
     return hole[:, None]
+
+
+def rectangular_masks(
+    count: int,
+    size: int | tuple[int, int],
+    number: tuple[int, int] = (2, 5),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(count, 1, H, W) bool, True in the hole: some rectangles an image, which may overlap.
+
+    Their number is drawn from ``number``, both ends included, their sides from an eighth to three eighths of the image's.
+
+    Raises:
+        ValueError: no image, or numbers that are not 1 <= low <= high.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    low, high = number
+    if count < 0 or min(height, width) < 1 or not 1 <= low <= high:
+        raise ValueError(f"masks need a size and 1 <= low <= high rectangles; they are {height}x{width} and {number}")
+    many = torch.randint(low, high + 1, (count, 1), generator=generator)
+    inside = []
+    for side in (height, width):
+        long = ((0.125 + 0.25 * torch.rand(count, high, generator=generator)) * side).round().clamp(min=1)
+        start = (torch.rand(count, high, generator=generator) * (side - long + 1)).floor()
+        place = torch.arange(side)
+        inside.append((place >= start[..., None]) & (place < (start + long)[..., None]))
+    rows, columns = inside
+    used = (torch.arange(high) < many)[..., None, None]
+    return (rows[..., None] & columns[..., None, :] & used).any(1, keepdim=True)
