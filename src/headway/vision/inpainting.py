@@ -8,7 +8,8 @@
 
 Yu et al., "Region Normalization for Image Inpainting", AAAI 2020, arXiv 1911.10375: the generator of EdgeConnect (Nazeri et al., 2019,
 arXiv 1901.00212) with its instance norms replaced. ``norm="instance"`` or ``"batch"`` is the same network with ordinary norms, and
-state of the released network loads. For images with missing pixels whose place is known.
+state of the released network loads. For images with missing pixels whose place is known. On photographs and masks of yours, from
+folders to a picture on disk: ``examples/inpaint_photos.py``.
 """
 
 from __future__ import annotations

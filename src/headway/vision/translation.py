@@ -13,7 +13,8 @@ The network of "Image-to-Image Translation via Group-wise Deep Whitening-and-Col
     y = net.eval().translate(content, exemplar)                # from a to b; direction="ba" for the other way
 
 In training the content encoders' instance norms use each image's statistics, in evaluation running ones; with ``stats="batch"`` a
-translation depends on the other images of its batch. The output is a function of its inputs: there is no noise.
+translation depends on the other images of its batch. The output is a function of its inputs: there is no noise. On photographs of
+yours, from folders to a picture on disk: ``examples/translate_photos.py``.
 """
 
 from __future__ import annotations
