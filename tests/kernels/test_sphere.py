@@ -36,6 +36,32 @@ def test_the_cpp_body_is_the_plain_one(dtype, rows):
     assert not any(counts)
 
 
+@pytest.mark.parametrize("body", [sphere.adam_to_sphere_, reference.adam_to_sphere_], ids=["operator", "plain"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_pass_is_a_step_of_adam_and_then_a_projection(dtype, rows, body):
+    start, _ = lists(dtype)
+    rho = [reference.norm(p, rows, torch.float64).to(dtype) for p in start]
+    own, other = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    moments = [[torch.zeros_like(p) for p in start] for _ in range(2)]
+    steps, missed = [torch.zeros(()) for _ in start], torch.zeros((), dtype=torch.int64)
+    adam, draw = torch.optim.Adam(other, 1e-2, (0.8, 0.99), 1e-6, maximize=True), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        gradients = [torch.randn(p.shape, generator=draw, dtype=dtype) for p in start]
+        for p, g in zip(other, gradients, strict=True):
+            p.grad = g
+        adam.step()
+        values = [p.detach() for p in other]
+        reference.to_sphere_(values, rho, missed, 0.0, rows)
+        body([p.detach() for p in own], gradients, *moments, steps, rho, missed, 1e-2, 0.8, 0.99, 1e-6, True, rows)
+    tolerance = 5e-6 if dtype is torch.float32 else 1e-13
+    for i, (a, b) in enumerate(zip(own, other, strict=True)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(moments[0][i], adam.state[b]["exp_avg"], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(moments[1][i], adam.state[b]["exp_avg_sq"], rtol=1e-6, atol=1e-7)
+    assert missed == 0 and all(step == 3 for step in steps)
+
+
 @pytest.mark.parametrize("body", [sphere.to_sphere_, reference.to_sphere_], ids=["operator", "plain"])
 def test_what_has_no_norm_stays_and_what_is_not_finite_is_counted(body):
     bad, endless, zero, empty = torch.ones(3, 4), torch.ones(2, 2), torch.zeros(2, 3), torch.zeros(0, 4)
@@ -80,3 +106,6 @@ def test_the_operator_passes_opcheck():
     params, rho = [torch.randn(3, 4), torch.randn(5)], [torch.tensor(1.0), torch.tensor(2.0)]
     arguments = (params, rho, torch.zeros((), dtype=torch.int64), 0.0, False)
     torch.library.opcheck(sphere.to_sphere_, arguments, test_utils=("test_schema", "test_faketensor"))
+    more = [[torch.randn(3, 4), torch.randn(5)] for _ in range(3)] + [[torch.zeros(()), torch.zeros(())]]
+    arguments = (params, *more, rho, arguments[2], 0.1, 0.9, 0.99, 1e-8, False, False)
+    torch.library.opcheck(sphere.adam_to_sphere_, arguments, test_utils=("test_schema", "test_faketensor"))

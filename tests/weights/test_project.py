@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import headway as hw
+from headway.kernels import sphere
 from headway.weights import NaP, apply_nap, find_scale_invariant, followed_by_norm, normalize_, rescaled_lr
 
 pytestmark = pytest.mark.filterwarnings("ignore:weight decay is set to 0")
@@ -246,6 +247,74 @@ def test_save_load_and_continue_is_an_uninterrupted_run(every):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(KeyError, match="differ in"):
         NaP(net(), exclude="0.*").load_state_dict(saved[1]["nap_state"])
+
+
+# --- one pass for Adam and the projection
+
+
+@pytest.mark.skipif(not sphere.built, reason="needs the C++ kernels")
+@pytest.mark.parametrize(
+    "settings", [{}, {"every": 2}, {"per": "row"}, {"tangent": True}, {"scale_offset": "joint"}], ids=str
+)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_adam_steps_and_projects_in_one_pass_and_ends_where_the_other_way_ends(kind, settings):
+    x, y = data(torch.float64)
+    models, naps, optimizers = [], [], []
+    for fused in (True, False):
+        models.append(net(dtype=torch.float64))
+        optimizers.append(kind(models[-1].parameters(), 1e-2, fused=fused))
+        naps.append(NaP(models[-1], **settings).attach(optimizers[-1]))
+    for k in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, x, y)
+        taken = naps[0]._one_pass.done
+        assert taken == (
+            set(naps[0].weights) if k % settings.get("every", 1) == settings.get("every", 1) - 1 else set()
+        )
+        assert not naps[1]._one_pass.done and all(p.grad is not None for p in models[0].parameters())
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    states = [[optimizer.state[p] for p in m.parameters()] for m, optimizer in zip(models, optimizers, strict=True)]
+    for a, b in zip(*states, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"] == 6
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(not sphere.built, reason="needs the C++ kernels")
+def test_what_one_pass_does_not_do_is_left_to_the_optimiser():
+    model, (x, y) = net(), data()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0, fused=True)
+    nap = NaP(model).attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    def norms_stay(taken):
+        assert bool(nap._one_pass.done) == taken
+        for name, p in nap.weights.items():
+            torch.testing.assert_close(p.norm().detach(), nap.rho[name], rtol=1e-6, atol=0)
+
+    optimizer.step(closure)
+    norms_stay(False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(x), y)).backward()
+    scaler.step(optimizer)
+    norms_stay(False)
+    step(model, optimizer, x, y)
+    norms_stay(True)
+    later = optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None)
+    step(model, optimizer, x, y)
+    norms_stay(False)
+    later.remove()
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    step(model, optimizer, x, y)
+    norms_stay(False)
+    nap.detach()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
 # --- the interface

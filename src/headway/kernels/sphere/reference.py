@@ -52,3 +52,29 @@ def to_sphere_(params: Sequence[Tensor], rho: Sequence[Tensor], missed: Tensor, 
     factors, count = factor(torch.stack([r.to(norms.device, norms.dtype) for r in rho]), norms, near)
     missed += count
     torch._foreach_mul_(list(params), list(factors.unbind()))
+
+
+def adam_to_sphere_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    rho: Sequence[Tensor],
+    missed: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+    rows: bool,
+) -> None:
+    """As :func:`headway.kernels.sphere.adam_to_sphere_`: a step of Adam without weight decay, and back to the spheres."""
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        step += 1
+        k = float(step)
+        g = -g if maximize else g
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.addcdiv_(m, v.sqrt().div_((1 - beta2**k) ** 0.5).add_(eps), value=-lr / (1 - beta1**k))
+    to_sphere_(params, rho, missed, 0.0, rows)
