@@ -467,6 +467,9 @@ def test_a_restarted_server_goes_on_as_if_it_had_never_stopped(nets, tmp_path):
     found = mine.adapter.state()[0]
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
     assert not list(tmp_path.glob(".*"))
+    # three messages were sent twice; what was counted before the restarts counts on
+    assert (mine.counters.received, mine.counters.duplicates) == (12 * 12, 3)
+    assert mine.counters.bytes_in == theirs.counters.bytes_in
 
 
 def test_a_damaged_state_is_put_aside_and_one_of_another_network_refused(nets, tmp_path):

@@ -291,7 +291,7 @@ def test_the_schedule_survives_half_precision():
     assert torch.isfinite(model.local_loss(torch.randn(6, 5).bfloat16(), torch.tensor([0, 1, 2, 0, 1, 2])))
 
 
-@pytest.mark.parametrize("kind", ["dt", "fm"])
+@pytest.mark.parametrize("kind", ["dt", "ct", "fm"])
 def test_chains_and_losses_compile_without_a_break(kind):
     model = made(kind).eval()
     x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])

@@ -203,6 +203,9 @@ def test_images_and_prototypes_go_through_the_classifier():
         images, y[:40]
     )
     assert model.predict_proba(images).shape == (40, 10)
+    # the labels are images, and pass convolutions of their own
+    paths = [[m for m in part.modules() if isinstance(m, nn.Conv2d)] for part in model.model_.blocks[0].children()]
+    assert [len(found) for found in paths if found] == [3, 3]
     with pytest.raises(ValueError, match="samples of shape"):
         model.predict(X[:4].reshape(-1, 1, 4, 16))
     with pytest.raises(ValueError, match='variant is "dt"'):

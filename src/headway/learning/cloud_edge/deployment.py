@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -139,7 +139,10 @@ class Deployment:
     def save(self, folder: StateFolder, architecture: str) -> None:
         """Writes everything that the next step depends on."""
         tensors, words = self.adapter.state()
-        words |= {"version": self.published.version, "sequences": self.sequences, "architecture": architecture}
+        words |= {
+            "version": self.published.version, "sequences": self.sequences, "architecture": architecture,
+            "counters": asdict(self.counters),
+        }  # fmt: skip
         folder.save(self.name, tensors, words)
         self.unsaved = 0
 
@@ -147,6 +150,7 @@ class Deployment:
         """The inverse of :meth:`save`."""
         self.adapter.load_state(tensors, words)
         self.sequences = {str(edge): int(last) for edge, last in words["sequences"].items()}
+        self.counters = Counters(**words.get("counters", {}))
         self.published = self._publish(int(words["version"]), None)
 
     def health(self) -> dict[str, Any]:
