@@ -107,11 +107,13 @@ def tent(net: nn.Module, lr: float = 2.5e-3) -> Callable[[Tensor], Tensor]:
     return predict
 
 
-def adapted(shift: str, seed: int, batches: Stream, **client: Any) -> Simulation:
-    """The stream through device and cloud."""
+def adapted(
+    shift: str, seed: int, batches: Stream, *, cloud: dict[str, Any] | None = None, **client: Any
+) -> Simulation:
+    """The stream through device and cloud; ``cloud`` are settings of the latter."""
     edge, foundation = pair(seed)
-    cloud = CloudServer(edge, foundation, seed=seed)
-    return simulate(copy.deepcopy(edge), cloud, batches, codec="fp16", **client)
+    server = CloudServer(edge, foundation, seed=seed, **(cloud or {}))
+    return simulate(copy.deepcopy(edge), server, batches, codec="fp16", **client)
 
 
 def pair(seed: int) -> tuple[nn.Sequential, nn.Sequential]:

@@ -109,7 +109,9 @@ class NoPropClassifier(ClassifierMixin, BaseEstimator):
                 else dense_encoder(shape[0], self.hidden, norm)
             )
             z_path: Any = {}
-            if self.embed == "prototype" and len(shape) == 3:  # a label is an image here, and goes through convolutions like one
+            if (
+                self.embed == "prototype" and len(shape) == 3
+            ):  # a label is an image here, and goes through convolutions like one
                 convolutions, width = conv_encoder(shape[0], shape[1:])  # type: ignore[arg-type]
                 z_path = {"z_encoder": nn.Sequential(nn.Unflatten(1, shape), convolutions), "z_dim": width}
             return ConditionalBlock(*encoder, dim or m, self.hidden, norm, m, timed, **z_path)
