@@ -3,6 +3,7 @@
 import torch
 
 from headway.claims import region_norm as claims
+from headway.tasks.inpainting import DigitsInpainting
 
 
 def test_whole_planes_shift_valid_pixels_and_regions_do_not():
@@ -27,7 +28,7 @@ def test_inpainting_is_judged_by_what_exceeds_the_spread_over_seeds(monkeypatch)
     numbers = {"batch norm": 20.0, "instance norm": 21.0, "RN-B + instance norm": 21.5, "RN-B + RN-L": 20.5}
     wide = 0.0
 
-    def made_up(arm, seed, steps, **_):
+    def made_up(arm, seed, steps, *_):
         return {"arm": arm, "seed": seed, "psnr": numbers[arm] + wide * seed, "psnr_large": numbers[arm] + wide * seed}
 
     monkeypatch.setattr(claims, "train", made_up)
@@ -38,3 +39,14 @@ def test_inpainting_is_judged_by_what_exceeds_the_spread_over_seeds(monkeypatch)
     wide = 0.75  # 1.5 from seed 0 to seed 2
     assert claims._better(False).verdict == "partly"
     assert claims._random_fill(False).verdict == "does not hold here"
+
+
+def test_inpainting_is_trained_on_photographs_where_they_can_be_read_and_else_on_digits(monkeypatch):
+    monkeypatch.setattr(claims.importlib.util, "find_spec", lambda _: None)
+    task, batch_size, images = claims.workload()
+    assert task.name == "digits-inpainting" and batch_size == 32 and "digits" in images
+    task = DigitsInpainting(4, 1)
+    row = claims.train("RN-B + RN-L", 0, 2, task, 4)
+    assert row["arm"] == "RN-B + RN-L" and row["psnr"] > 0
+    monkeypatch.setattr(claims.importlib.util, "find_spec", lambda _: object())
+    assert claims.workload()[0].name == "inpainting"

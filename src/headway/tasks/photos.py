@@ -94,14 +94,23 @@ class PhotoInpainting(Inpainting):
         return InpaintingNet(3, self.width, self.blocks, norm="batch", fill=None)
 
 
-def patches(size: int) -> tuple[Tensor, Tensor]:
-    """Parts (count, 3, size, size) of scikit-learn's two photographs at half their size, a quarter of a part apart: of the left three
-    quarters of each, and half a part apart of the rest."""
+def photographs() -> list[Tensor]:
+    """scikit-learn's two, (3, H, W) each.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
     import sklearn.datasets
 
+    return [read_image(path) for path in list_images(Path(sklearn.datasets.__file__).parent / "images")]
+
+
+def patches(size: int) -> tuple[Tensor, Tensor]:
+    """Parts (count, 3, size, size) of both photographs at half their size: of the left three quarters of each, a quarter of a part
+    apart, and of the rest, half a part apart."""
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for path in list_images(Path(sklearn.datasets.__file__).parent / "images"):
-        photo = F.avg_pool2d(read_image(path), 2)
+    for photo in photographs():
+        photo = F.avg_pool2d(photo, 2)
         cut = photo.shape[2] * 3 // 4
         for part, image, step in zip(parts, (photo[..., :cut], photo[..., cut:]), (size // 4, size // 2), strict=True):
             tiles = image.unfold(1, size, step).unfold(2, size, step).flatten(1, 2)
