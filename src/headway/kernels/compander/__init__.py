@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headway.kernels.compander import reference
 from headway.kernels.compander.reference import MAPS
-from headway.kernels.library import below_autograd, define, load
+from headway.kernels.library import Function, below_autograd, define, load
 
 _NATIVE = load("compander")
 _FAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,30 +56,43 @@ def _flat(a: Tensor) -> Tensor:
     return a.detach().double().reshape(-1)
 
 
-class _Compand(torch.autograd.Function):
-    generate_vmap_rule = True
+def _forward(v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if not _fused(v, a):
+        return reference.compand(v, a, b)
+    with below_autograd():
+        return _op(v, _flat(a), _flat(b))
 
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    v, a, b = ctx.saved_tensors
+    if torch.is_grad_enabled() or not _fused(v, a) or g.dtype != v.dtype:
+        # with gradients of gradients the plain equations are differentiated once more
+        return reference.compand_backward(g, v, a, b)
+    want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    with below_autograd():
+        gv, ab = _backward_op(g, v, _flat(a), _flat(b), want)
+    return (gv, ab[0].view(a.shape).to(a.dtype), ab[1].view(b.shape).to(b.dtype)) if want else (gv, None, None)
+
+
+class _Compand(Function):
     @staticmethod
-    def forward(v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if not _fused(v, a):
-            return reference.compand(v, a, b)
-        with below_autograd():
-            return _op(v, _flat(a), _flat(b))
+    def forward(ctx: Any, v: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(v, a, b)
+        return _forward(v, a, b)
+
+    backward = staticmethod(_backward)  # type: ignore[assignment]
+
+
+class _TransformedCompand(torch.autograd.Function):
+    """The same for functorch's transforms, whose way into a function costs as much as a small weight's map."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_forward)  # type: ignore[assignment]
+    backward = staticmethod(_backward)  # type: ignore[assignment]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        v, a, b = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _fused(v, a) or g.dtype != v.dtype:
-            # with gradients of gradients the plain equations are differentiated once more
-            return reference.compand_backward(g, v, a, b)
-        want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        with below_autograd():
-            gv, ab = _backward_op(g, v, _flat(a), _flat(b), want)
-        return gv, ab[0].view(a.shape).to(a.dtype), ab[1].view(b.shape).to(b.dtype)
 
 
 def compand(v: Tensor, a: Tensor, b: Tensor, map: str) -> Tensor:
@@ -87,7 +100,8 @@ def compand(v: Tensor, a: Tensor, b: Tensor, map: str) -> Tensor:
     if map == "arctan":
         if torch.compiler.is_compiling():
             return reference.compand(v, a, b)
-        return _Compand.apply(v, a, b)  # type: ignore[return-value]
+        transformed = torch._C._are_functorch_transforms_active()
+        return (_TransformedCompand if transformed else _Compand).apply(v, a, b)  # type: ignore[return-value]
     if map == "identity":
         return v
     x = v.to(reference.wide(v.dtype))
