@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from headway.tabular import PFN, BarDistribution, BernoulliHead, CategoricalHead, GaussianHead, PFNSurrogate
-from headway.tabular.pfn.network import PFNLayer
+from headway.tabular.pfn.network import PFNLayer, _with_own_column, attend_and_self
 
 
 def model(features=2, layers=3, seed=0, head=None, **settings):
@@ -87,6 +87,24 @@ def test_cached_and_uncached_predictions_are_equal_and_the_cache_is_no_weight():
     cached = torch.cat([pfn.query(context, part) for part in q.split(1, 1)], 1)
     torch.testing.assert_close(cached, pfn(x, y, q), atol=1e-6, rtol=1e-6)
     assert set(pfn.state_dict()) == names and not any("key" in name for name in names)
+
+
+@pytest.mark.parametrize("n", [0, 1, 8])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
+)
+def test_a_query_mixes_itself_in_alike_with_gradients_and_without(n, dtype, near):
+    torch.manual_seed(0)
+    q, own_k, own_v = (torch.randn(2, 3, 5, 8) * c for c in (2, 2, 1))
+    k, v = torch.randn(2, 3, n, 8), torch.randn(2, 3, n, 8)
+    logits = torch.cat([q @ k.mT, (q * own_k).sum(-1, keepdim=True)], -1) / 8**0.5
+    share = logits.softmax(-1)
+    wanted = share[..., :-1] @ v + share[..., -1:] * own_v
+    parts = [part.to(dtype) for part in (q, own_k, own_v, *_with_own_column(k, v))]
+    with torch.no_grad():
+        torch.testing.assert_close(attend_and_self(*parts).float(), wanted, atol=max(near, 1e-5), rtol=near)
+        found = attend_and_self(*parts)
+    torch.testing.assert_close(attend_and_self(*parts), found, atol=near, rtol=near)
 
 
 def test_a_layer_begins_as_the_norm_of_its_input():

@@ -6,7 +6,8 @@
 
 ("Transformers Can Do Bayesian Inference", 2022, arXiv 2112.10510.) The (N, N) mask is never built. Keys and values come from the context
 alone, so that they are computed once (:meth:`PFN.encode_context`) and kept; a query's own key is one more column whose logit rides in
-extra channels of the query, and whose weight comes back in an extra channel of the value: one plain attention call, exact.
+extra channels of the query, and whose weight comes back in an extra channel of the value: one plain attention call, exact. Where that
+call also gives its sum of exponentials (inference on a CPU), the own key is mixed in afterwards and no channel is added.
 """
 
 from __future__ import annotations
@@ -74,14 +75,7 @@ class PFNLayer(nn.Module):
 
     def query(self, h: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Queries h (B, m, E) -> their next h: softmax over the context's logits and the query's own."""
-        q, k, v = self.project(h)
-        d = q.shape[-1]
-        own = (q * k).sum(-1, keepdim=True) if q.dtype.itemsize > 2 else (q.float() * k.float()).sum(-1, keepdim=True)
-        # in half precision the logit is carried as a sum of two numbers
-        high = own.to(q.dtype)
-        carried = torch.cat([q, high, (own - high).to(q.dtype)], -1)
-        out = _attend(F.pad(carried, (0, keys.shape[-1] - d - 2)), keys, values, d)
-        return self.rest(h, out[..., :d] + out[..., d : d + 1] * v)
+        return self.rest(h, attend_and_self(*self.project(h), keys, values))
 
     def rest(self, h: Tensor, attended: Tensor) -> Tensor:
         h = self.norm1(h + self.out(attended.transpose(1, 2).flatten(2)))
@@ -92,6 +86,32 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, d: int) -> Tensor:
     if q.shape[0] * q.shape[2] == 0:
         return torch.zeros_like(q)
     return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)
+
+
+def attend_and_self(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Queries q (B, H, m, d) attend to a context, ``keys`` and ``values`` with their last column free, and each to its own k and v."""
+    d = q.shape[-1]
+    own = (q * k).sum(-1, keepdim=True) if q.dtype.itemsize > 2 else (q.float() * k.float()).sum(-1, keepdim=True)
+    if _says_its_sum(q) and keys.shape[-2] > 1:
+        attended, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys[..., :-1, :d], values[..., :-1, :d], scale=d**-0.5
+        )
+        # the share of exp(own) in the sum of all exponentials
+        share = torch.sigmoid(own * d**-0.5 - total[..., None]).to(q.dtype)
+        return attended.lerp(v, share)
+    # in half precision the logit is carried as a sum of two numbers
+    high = own.to(q.dtype)
+    carried = torch.cat([q, high, (own - high).to(q.dtype)], -1)
+    out = _attend(F.pad(carried, (0, keys.shape[-1] - d - 2)), keys, values, d)
+    return out[..., :d] + out[..., d : d + 1] * v
+
+
+def _says_its_sum(q: Tensor) -> bool:
+    """Whether attention gives back the logarithm of its sum of exponentials: on a CPU, where nothing is differentiated through it."""
+    plain = not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
+    return plain and q.device.type == "cpu" and q.numel() > 0
 
 
 def _with_own_column(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
