@@ -12,7 +12,8 @@ deep the network.
 Huang et al.: ScaleLong: Towards More Stable Training of Diffusion Model via Scaling Network Long Skip Connection, 2023 (arXiv
 2310.13545). Reach for it when training a UNet-like network, above all a deep one, or with a large batch or rate. Do not switch it on
 for a trained network without fine-tuning (``init="one"`` begins near the old function), and tune kappa where the inner skips carry
-the fine detail. :class:`headway.residual.scale_long.ScaleLong` does it to an existing network; the layers here are for one's own.
+the fine detail. ``hw.probe`` tells the sum of squares of a network that has such skips.
+:class:`headway.residual.scale_long.ScaleLong` does it to an existing network; the layers here are for one's own.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ segmentation-models). Any other network is traced with torch.fx (:mod:`headway.r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,17 +69,17 @@ def find_networks(model: nn.Module, min_span: int | None = None, example_inputs:
     """Every network with long skips inside ``model``; see :class:`headway.residual.scale_long.ScaleLong` for the arguments."""
     from headway.residual.long_skip_graph import traced_networks
 
+    return stated_networks(model, example_inputs) or traced_networks(model, min_span, example_inputs)
+
+
+def stated_networks(model: nn.Module, example_inputs: Any = None) -> list[Network]:
+    """Those that say themselves which their long skips are, so that none of their code has to run."""
     own = [
         Network(name, m, (), ("",) * m.n, None if m.features is None else tuple(m.features), m.axis)
         for name, m in model.named_modules()
         if isinstance(m, LongSkips)
     ]
-    return (
-        own
-        or _up_blocks(model, example_inputs)
-        or _by_argument(model, example_inputs)
-        or traced_networks(model, min_span, example_inputs)
-    )
+    return own or _up_blocks(model, example_inputs) or _by_argument(model, example_inputs)
 
 
 def prefix(name: str) -> str:
@@ -86,7 +87,12 @@ def prefix(name: str) -> str:
 
 
 def _parameter(module: nn.Module, name: str) -> inspect.Parameter | None:
-    return inspect.signature(type(module).forward).parameters.get(name)
+    return _parameters(type(module)).get(name)
+
+
+@cache
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
 
 
 def _up_blocks(model: nn.Module, inputs: Any) -> list[Network]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headway.signals.growth import Growth, chain
+from headway.signals.long_skips import carried
 from headway.signals.row import Row
 
 SEVERITIES = ("critical", "warning", "info")
@@ -20,7 +21,7 @@ class Finding:
     Attributes:
         severity: "critical" (training is likely to fail), "warning" or "info".
         problem: a short name: "nonfinite", "explosion", "vanishing signal", "growth", "collapse", "token collapse",
-            "exploding gradient", "vanishing gradient", "dead units", "outliers", "memory".
+            "exploding gradient", "vanishing gradient", "long skips", "dead units", "outliers", "cheaper norm", "memory".
         where: the first module concerned, or "".
         value: the measured number.
         message: one sentence with that number.
@@ -51,12 +52,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Traits:
-    """What kind of model it is, as far as advice depends on it."""
+    """What kind of model it is, as far as advice depends on it.
+
+    Attributes:
+        attention: it attends.
+        norms, layer_norms: how many normalisers it has, and how many of them are LayerNorms.
+        placement: where its blocks have their norms, "" where that is not known.
+        long_skips: the rows that its unscaled long skips carry, outermost first.
+    """
 
     attention: bool = False
     norms: int = 0
     layer_norms: int = 0
     placement: str = ""
+    long_skips: tuple[str, ...] = ()
 
 
 def findings(
@@ -68,6 +77,7 @@ def findings(
         *_growth(law, traits),
         *_collapse(rows, law, traits, collapse_at),
         *_gradient(rows, law, traits),
+        *_long_skips(rows, traits),
         *_dead(rows),
         *_outliers(rows, traits),
         *_cheaper(traits),
@@ -174,6 +184,23 @@ def _gradient(rows: Sequence[Row], law: Growth, traits: Traits) -> list[Finding]
         answer = ("peri-ln", "mix-ln") if traits.attention else ("residual-depth",)
         return [Finding("warning", "vanishing gradient", first, ratio, text, answer)]
     return []
+
+
+def _long_skips(rows: Sequence[Row], traits: Traits) -> list[Finding]:
+    sum_of_all, skips = carried(rows, traits.long_skips)
+    # four skips of one size: decaying constants (kappa 0.7) stay below 3 whatever their number
+    if not sum_of_all >= 5:
+        return []
+    outer, inner = skips[0], skips[-1]
+    text = (
+        f"{len(skips)} long skips reach the decoder unscaled: with what goes through the middle they add up to {sum_of_all:.3g} times "
+        f"the second moment of the innermost, {inner.name}"
+    )
+    if outer.grad_norm > 0 and inner.grad_norm > 0:
+        text += f"; the gradient at the outermost, {outer.name}, is {outer.grad_norm / inner.grad_norm:.3g} times as long as there"
+    advice = "Features, gradients and the answer to noise grow with the number of skips, and training oscillates."
+    severity = "warning" if sum_of_all > 10 else "info"
+    return [Finding(severity, "long skips", outer.name, sum_of_all, f"{text}.", ("scale-long",), advice)]
 
 
 def _dead(rows: Sequence[Row]) -> list[Finding]:

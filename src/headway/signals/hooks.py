@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -157,8 +157,11 @@ class Recorder:
         return waiting[0]
 
     def _confirmed(self) -> list[Call]:
-        """Without the tentative blocks whose stack mostly changes the shape of what it is given."""
+        """Without the tentative blocks whose stack mostly changes the shape of what it is given; what long skips carry stays."""
         tentative = [call for call in self.calls if call.point.tentative]
-        if tentative and sum(call.keeps_shape for call in tentative) * 2 < len(tentative):
-            return [call for call in self.calls if not call.point.tentative]
-        return self.calls
+        if not tentative or sum(call.keeps_shape for call in tentative) * 2 >= len(tentative):
+            return self.calls
+        for call in tentative:
+            if call.point.carried:
+                call.point = replace(call.point, kind="skip", tentative=False)
+        return [call for call in self.calls if not call.point.tentative]

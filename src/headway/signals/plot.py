@@ -11,12 +11,20 @@ from plotly.subplots import make_subplots
 from headway.signals.flow import Flow, size_text
 from headway.signals.row import Row
 
-COLOURS = {"stream": "#4c6ef5", "post": "#f08c00", "pre": "#12b886", "norm": "#ae3ec9", "other": "#868e96"}
+COLOURS = {
+    "stream": "#4c6ef5",
+    "post": "#f08c00",
+    "pre": "#12b886",
+    "norm": "#ae3ec9",
+    "skip": "#e64980",
+    "other": "#868e96",
+}
 WORDS = {
     "stream": "residual stream",
     "post": "activations",
     "pre": "linear, conv, attention",
     "norm": "normalisers",
+    "skip": "long skips",
     "other": "other modules",
 }
 PANELS = (

@@ -3,6 +3,7 @@
 pre     what a linear map, a convolution, an attention or a recurrent layer puts out (before any normaliser)
 post    what an activation puts out
 stream  what a residual block (an item of a stack of like modules) puts out
+skip    what a long skip carries from an encoder to a decoder, where it is none of these
 norm    what a normaliser puts out            (asked for by ``kinds`` or ``layers``)
 other   anything else                         (asked for by ``layers``)
 """
@@ -17,7 +18,7 @@ from torch import nn
 
 from headway.anatomy import Anatomy, describe
 
-KINDS = ("pre", "post", "stream")
+KINDS = ("pre", "post", "stream", "skip")
 ALL_KINDS = (*KINDS, "norm", "other")
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -27,12 +28,14 @@ _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNN
 
 @dataclass(frozen=True)
 class Point:
-    """One module to look at. ``tentative``: a block found by its place in a stack; it counts if it keeps its input's shape."""
+    """One module to look at. ``tentative``: a block found by its place in a stack; it counts if it keeps its input's shape.
+    ``carried``: by a long skip, so that it counts as a "skip" otherwise."""
 
     name: str
     module: nn.Module
     kind: str
     tentative: bool = False
+    carried: bool = False
 
 
 def is_weighted(module: nn.Module) -> bool:
@@ -79,7 +82,11 @@ def anatomy_of(model: nn.Module) -> Anatomy | None:
 
 
 def find(
-    model: nn.Module, layers: Layers | None = None, kinds: Sequence[str] = KINDS, anatomy: Anatomy | None = None
+    model: nn.Module,
+    layers: Layers | None = None,
+    kinds: Sequence[str] = KINDS,
+    anatomy: Anatomy | None = None,
+    skips: Sequence[str] = (),
 ) -> list[Point]:
     """The points of ``model``, in the order of its modules.
 
@@ -87,6 +94,7 @@ def find(
         layers: a glob on qualified names, several, or a predicate (name, module); whatever matches is a point.
         kinds: which kinds to keep.
         anatomy: the model's, if known already.
+        skips: the modules whose outputs long skips carry (:func:`headway.signals.long_skips.long_skips`).
 
     Raises:
         ValueError: an unknown kind, or a filter that matches nothing.
@@ -96,16 +104,20 @@ def find(
     if unknown := [kind for kind in kinds if kind not in ALL_KINDS]:
         raise ValueError(f"kinds {unknown} are unknown; choose from {', '.join(ALL_KINDS)}")
     blocks = _blocks(model, anatomy or anatomy_of(model))
+    carried = {plain_name(name.partition("#")[0]) for name in skips} if layers is None and "skip" in kinds else set()
     points: list[Point] = []
     for name, module in model.named_modules():
         name = plain_name(name)
         kind = "stream" if id(module) in blocks else kind_of(module)
+        if name in carried and kind not in kinds:
+            kind = "skip"
         if layers is None:
             keep = kind in kinds
         else:
             keep = _matches(layers, name, module) and (kind in kinds or tuple(kinds) == KINDS)
         if keep and (name or layers is not None or kind in ("pre", "post")):
-            points.append(Point(name or type(module).__name__, module, kind, blocks.get(id(module), False)))
+            tentative = kind == "stream" and blocks.get(id(module), False)
+            points.append(Point(name or type(module).__name__, module, kind, tentative, name in carried))
     if points:
         return points
     if layers is not None:

@@ -29,7 +29,8 @@ from headway.signals.findings import Traits, findings
 from headway.signals.flow import Flow
 from headway.signals.growth import growth
 from headway.signals.hooks import Recorder
-from headway.signals.points import KINDS, Layers, anatomy_of, find, kind_of, unwrapped
+from headway.signals.long_skips import long_skips
+from headway.signals.points import KINDS, Layers, anatomy_of, find, kind_of, plain_name, unwrapped
 from headway.signals.reading import scale_of
 
 
@@ -67,7 +68,8 @@ def probe(
         loss: ``loss(output, targets)``, ``loss(output)``, or ``loss()``, which runs the model itself. Without it the loss of a
             Hugging Face output is used (give labels), else the output times a fixed random vector of unit variance.
         layers: restricts the modules: a glob on names, several, or a predicate (name, module).
-        kinds: of "pre" (linear, convolution, attention, recurrent), "post" (activations), "stream" (residual blocks), "norm".
+        kinds: of "pre" (linear, convolution, attention, recurrent), "post" (activations), "stream" (residual blocks), "skip"
+            (what long skips carry), "norm".
         max_samples: at most this many samples for likeness, evenly spaced over the batch.
         max_features: longer samples are represented by this many features at fixed random places; ``exact=True`` takes all.
         centered: subtract the mean sample before likeness is measured.
@@ -94,8 +96,8 @@ def probe(
     """
     _check(model, unwrap, mode)
     core = unwrapped(model)
-    anatomy = anatomy_of(core)
-    points = find(core, layers, kinds, anatomy)
+    anatomy, skips = anatomy_of(core), long_skips(core)
+    points = find(core, layers, kinds, anatomy, skips)
     inputs, targets = split_targets(inputs, loss, targets)
     check_batch(inputs, keywords)
     settings = Settings(
@@ -141,7 +143,7 @@ def probe(
     return Flow(
         rows,
         law,
-        findings(rows, law, traits(core, anatomy), collapse_at, recorder.saved_total),
+        findings(rows, law, traits(core, anatomy, skips), collapse_at, recorder.saved_total),
         loss_value / scale_of(grad_scale),
         words,
         recorder.saved_total,
@@ -150,13 +152,13 @@ def probe(
     )
 
 
-def traits(model: nn.Module, anatomy: Anatomy | None) -> Traits:
+def traits(model: nn.Module, anatomy: Anatomy | None, skips: Sequence[str] = ()) -> Traits:
     """What of the model's make the advice depends on."""
     kinds = [type(module).__name__ for module in model.modules() if kind_of(module) == "norm"]
     attention = any("Attention" in type(m).__name__ or "Attn" in type(m).__name__ for m in model.modules())
     placements = {block.placement for block in anatomy.blocks} if anatomy is not None else set()
     placement = placements.pop() if len(placements) == 1 else "mixed" if placements else ""
-    return Traits(attention, len(kinds), kinds.count("LayerNorm"), placement)
+    return Traits(attention, len(kinds), kinds.count("LayerNorm"), placement, tuple(map(plain_name, skips)))
 
 
 def _runs_itself(loss: Any, inputs: tuple, keywords: dict) -> bool:

@@ -15,7 +15,7 @@ class Row:
 
     Attributes:
         name: qualified name; ``#k`` is added where the module was called several times.
-        kind: "pre", "post", "stream", "norm" or "other" (see :mod:`headway.signals.points`).
+        kind: "pre", "post", "stream", "skip", "norm" or "other" (see :mod:`headway.signals.points`).
         depth: position among the rows of its kind, in order of execution.
         shape, dtype, module: of the output; class of the module.
         std, var: per channel over samples and positions (unbiased), averaged over channels.

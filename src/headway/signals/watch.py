@@ -26,6 +26,7 @@ from headway.signals.findings import findings
 from headway.signals.flow import Flow, aligned
 from headway.signals.growth import growth
 from headway.signals.hooks import Recorder
+from headway.signals.long_skips import long_skips
 from headway.signals.points import KINDS, Layers, anatomy_of, find, unwrapped
 from headway.signals.probe import is_compiled, traits
 
@@ -81,8 +82,8 @@ class Monitor:
             raise TypeError("the model is compiled, and compiled code runs no hooks; watch a run of the plain model")
         self.model, self.every, self.step = model, every, 0
         core = unwrapped(model)
-        anatomy = anatomy_of(core)
-        self._points = find(core, layers, kinds, anatomy)
+        anatomy, skips = anatomy_of(core), long_skips(core)
+        self._points = find(core, layers, kinds, anatomy, skips)
         self._settings = Settings(
             max_samples,
             max_features,
@@ -94,7 +95,7 @@ class Monitor:
             saved=saved,
         )
         self._optimizer, self._collapse_at = optimizer, collapse_at
-        self._traits = traits(core, anatomy)
+        self._traits = traits(core, anatomy, skips)
         self._flows: deque[tuple[int, Flow]] = deque(maxlen=keep)
         self._root: list[Any] = []
         self._recorder: Recorder | None = None
