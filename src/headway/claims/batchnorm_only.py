@@ -358,6 +358,6 @@ def _memory() -> Evidence:
         "bytes kept for backward when everything trains, ResNet-14, 16 images; with the weights merely frozen "
         + ", ".join(f"{r['frozen']:.2f}" for r in rows),
         verdict([r["ratio"] <= 0.6 for r in rows]),
-        "asked: at most 0.6; of a convolution, a norm and a ReLU the norm's input stays and a bit an entry",
+        "asked: at most 0.6; of a convolution, a norm and a ReLU the norm's input stays, and a bit an entry of a ReLU behind an addition",
         rows=rows,
     )

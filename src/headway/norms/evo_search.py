@@ -18,6 +18,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,6 +89,9 @@ def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [one for one in candidates if not any(beaten(one, other) for other in candidates)]
 
 
+_DRAWS = 200
+"""How often a candidate is drawn until its formula is new."""
+
 _JOB: tuple[Sequence[Anchor], Data, Protocol] | None = None
 
 
@@ -129,7 +133,8 @@ def search_layers(
     Args:
         anchors: functions from a layer factory to a net (:data:`headway.norms.evo_anchors.ANCHORS`), several of them.
         data: images and labels to train on, images and labels to judge by.
-        budget: candidates in all, rejected ones included; duplicates count.
+        budget: candidates in all, rejected ones included. One whose formula is known is drawn again; where new ones are too rare for
+            that, it counts as a "duplicate".
         population: survivors that parents are drawn from; random graphs until there are as many, or half the budget (or of the
             ``seconds``) is spent.
         tournament: the share of the population that one parent is drawn among, two members at least.
@@ -178,14 +183,15 @@ def search_layers(
     try:
         while len(history) < budget and (seconds is None or time.monotonic() - start < seconds):
             half = seconds is not None and time.monotonic() - start > seconds / 2
-            drawn = [
-                _next(history, i, population, tournament, objective, seed, nodes, batch_free, half or i >= budget // 2)
-                for i in range(len(history), min(len(history) + workers, budget))
-            ]
-            fresh: dict[str, LayerGraph] = {}
-            for graph, _ in drawn:
-                if graph.formula not in known:
-                    fresh.setdefault(graph.formula, graph)
+            drawn, fresh = [], {}
+            for i in range(len(history), min(len(history) + workers, budget)):
+                new = _next(
+                    history, i, population, tournament, objective, seed, nodes, batch_free, half or i >= budget // 2,
+                    known | fresh.keys(),
+                )  # fmt: skip
+                drawn.append(new)
+                if new[0].formula not in known:
+                    fresh.setdefault(new[0].formula, new[0])
             judged = (
                 pool.map(_one, fresh.values()) if pool else (judge(g, chosen, data, protocol) for g in fresh.values())
             )
@@ -208,10 +214,23 @@ def search_layers(
 
 def _next(
     history: Sequence[Candidate], index: int, population: int, tournament: float, objective: str, seed: int, nodes: int,
+    batch_free: bool, late: bool, known: AbstractSet[str],
+) -> tuple[LayerGraph, int | None]:  # fmt: skip
+    """A random graph, or a mutation of the winner of a tournament with its index; drawn again while its formula is known."""
+    draw = random.Random(f"{seed} {index}")
+    arguments = history, population, tournament, objective, nodes, batch_free, late
+    graph, parent = _draw(draw, *arguments)
+    for _ in range(_DRAWS):
+        if graph.formula not in known:
+            break
+        graph, parent = _draw(draw, *arguments)
+    return graph, parent
+
+
+def _draw(
+    draw: random.Random, history: Sequence[Candidate], population: int, tournament: float, objective: str, nodes: int,
     batch_free: bool, late: bool,
 ) -> tuple[LayerGraph, int | None]:  # fmt: skip
-    """A random graph, or a mutation of the winner of a tournament with its index."""
-    draw = random.Random(f"{seed} {index}")
     alive = [c for c in history if not c.rejected][-population:]
     if not alive or (len(alive) < population and not late):
         return LayerGraph.random(draw, nodes, batch_free), None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.library import below_autograd, define, needs_grad
+from headway.kernels.library import Function, below_autograd, define, needs_grad
 from headway.kernels.relu import reference
 
 
@@ -54,7 +54,7 @@ class _Keep(torch.autograd.Function):
         return _Keep.apply(gg, ctx.saved_tensors[0], ctx.channels_last), None, None
 
 
-class _ReLU(torch.autograd.Function):
+class _ReLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         ctx.channels_last = (

@@ -9,10 +9,10 @@ share one network:
     model = hw.apply(model, hw.BatchNormOnly(), optimizer=optimizer)
     save_norms(model, "task-a.safetensors")                            # NormBank(model) keeps several at hand
 
-Gradients cross the resting layers, but of their weights none is computed: a convolution at rest keeps no input and a ReLU module one
-bit an entry, so that about half of what training keeps is left. ``hw.learning.RandomParametersOnly`` and ``OutputOnly`` are what it is
-held against. Paper: "Training BatchNorm and Only BatchNorm: On the Expressive Power of Random Features in CNNs" (Frankle, Schwab,
-Morcos, 2020), arXiv 2003.00152.
+Gradients cross the resting layers, but of their weights none is computed: a convolution at rest keeps no input, a batch norm and the
+ReLU module behind it run as one, and any other ReLU module keeps one bit an entry, so that about half of what training keeps is left.
+``hw.learning.RandomParametersOnly`` and ``OutputOnly`` are what it is held against. Paper: "Training BatchNorm and Only BatchNorm: On
+the Expressive Power of Random Features in CNNs" (Frankle, Schwab, Morcos, 2020), arXiv 2003.00152.
 
 Reach for it to fine-tune with a task of a few kilobytes, to keep many tasks on one network, as a baseline of what random features can
 do, or to compare architectures. It does not reach full training, narrow or shallow networks do badly, and without affine norms there is

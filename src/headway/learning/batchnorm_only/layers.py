@@ -3,10 +3,11 @@
     frozen convolution      gx = W^T * gy           needs W alone; torch keeps the input too, frozen or not
     ReLU                    gx = gy where x > 0     one bit an entry; torch keeps the output
     batch norm              d gamma = sum g xhat, d beta = sum g, and gx        needs its input
+    batch norm and ReLU     the same with g = gy where gamma xhat + beta > 0    needs the norm's input
 
-So of a convolution, a batch norm and a ReLU the norm's input stays and a thirty-second of it, where torch keeps two tensors of that
-size. A frozen linear layer keeps no input in torch either. A layer changes its class and nothing else: parameters, hooks and state
-stay where they are. arXiv 2003.00152, 2020.
+So of a convolution, a batch norm and a ReLU the norm's input stays, where torch keeps two tensors of that size. A norm that takes the
+ReLU behind it along gives that ReLU's output; the ReLU then hands it on. A frozen linear layer keeps no input in torch either. A layer
+changes its class and nothing else: parameters, hooks and state stay where they are. arXiv 2003.00152, 2020.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headway.kernels.library import load, needs_grad
-from headway.kernels.planes.batch import batch_norm
+from headway.kernels.batch_norm import batch_norm
+from headway.kernels.library import Function, load, needs_grad
 from headway.kernels.relu import relu_bits
 from headway.surgery import Edit
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# positions of a channel, and entries in all, from which the fused batch norm is worth its loops over planes
-_LEAST_SPACE, _LEAST_NUMBERS = 8, 1 << 17
+# entries from which a batch norm of our own makes up for its way through Python; with a ReLU taken along it always does
+_LEAST_NUMBERS = 1 << 14
 
 
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
@@ -60,7 +61,7 @@ class _FrozenConv(torch.autograd.Function):
         return gx if gx.dtype == ctx.dtype else gx.to(ctx.dtype), *(None,) * 6
 
 
-class _FrozenConvEager(torch.autograd.Function):
+class _FrozenConvEager(Function):
     """The same without what function transforms ask for, which costs more than the convolution of a small image."""
 
     @staticmethod
@@ -135,10 +136,16 @@ class Frozen(_Kin):
 
 
 class Bit(_Kin):
-    """A ReLU that keeps one bit an entry."""
+    """A ReLU that keeps one bit an entry, or none where the norm before it has done its work."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if getattr(input, _RECTIFIED, None) == input._version:  # and nobody has written to it since
+            return input
         return relu_bits(input, self.inplace)  # type: ignore[attr-defined]
+
+
+_RECTIFIED = "_headway_rectified_at"
+"""The version of a tensor that :class:`Joined` gave."""
 
 
 class Trained(_Kin):
@@ -149,6 +156,7 @@ class Trained(_Kin):
     """
 
     still = False
+    rectifies = False
 
     def forward(self, input: Tensor) -> Tensor:
         norm: Any = self
@@ -182,14 +190,21 @@ class Trained(_Kin):
     def _fused(self, input: Tensor) -> Tensor:
         norm: Any = self
         norm._check_input_dim(input)
-        y, statistics = batch_norm(input.flatten(2), norm.weight, norm.bias, norm.eps)
+        running, share = (None, None), 0.0
         if norm.track_running_stats and norm.running_mean is not None:
-            count = input.numel() // input.shape[1]
             norm.num_batches_tracked.add_(1)
             share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(statistics[0].to(norm.running_mean.dtype), share)
-            norm.running_var.lerp_((statistics[1] * (count / (count - 1))).to(norm.running_var.dtype), share)
-        return y.view(input.shape)
+            running = norm.running_mean, norm.running_var
+        y = batch_norm(input, norm.weight, norm.bias, running, share, norm.eps, self.rectifies)
+        if self.rectifies:
+            setattr(y, _RECTIFIED, y._version)
+        return y
+
+
+class Joined(Trained):
+    """The same and the ReLU behind it, in training: its output is rectified, and a :class:`Bit` hands it on as it is."""
+
+    rectifies = True
 
 
 class Still(Trained):
@@ -205,8 +220,11 @@ def _fits(norm: Any, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):  # type: ignore[attr-defined]
         return False
-    large = x.numel() >= _LEAST_NUMBERS and x[0, 0].numel() >= _LEAST_SPACE
-    return large and load("planes") and needs_grad(x, norm.weight, norm.bias)
+    running = norm.running_mean
+    if running is not None and running.dtype not in (torch.float32, torch.float64):
+        return False
+    large = norm.rectifies or x.numel() >= _LEAST_NUMBERS
+    return large and load("batch_norm") and needs_grad(x, norm.weight, norm.bias)
 
 
 class Become(Edit):
@@ -229,6 +247,7 @@ class Become(Edit):
             Frozen: ("keeps its input", "keeps its weight alone"),
             Bit: ("keeps its output", "keeps one bit an entry"),
             Trained: ("torch's batch norm", "the same, fused"),
+            Joined: ("torch's batch norm", "the same, fused with the ReLU behind it"),
             Still: ("statistics of the batch", "running statistics, held still"),
         }
         return words.get(self.mixin, ("", ""))

@@ -22,7 +22,8 @@ from headway.learning.batchnorm_only.choose import (
     quantised,
     without_affine,
 )
-from headway.learning.batchnorm_only.layers import Become, Still, Trained, is_batch_norm, lighter
+from headway.learning.batchnorm_only.joined import norms_before_relu
+from headway.learning.batchnorm_only.layers import Become, Joined, Still, Trained, is_batch_norm, lighter
 from headway.learning.batchnorm_only.sparse import train_some
 from headway.surgery import Edit, SetParameter, Site, Technique
 
@@ -126,7 +127,8 @@ class BatchNormOnly(_Only):
         gamma_init: None keeps the gains (for pre-trained models); "uniform" draws them from U(0, 1) with shifts of 0, as the paper
             does for random networks, "signed" from U(-1, 1), "ones" sets them to 1.
         freeze_stats: batch norms use their running statistics in training too, for fine-tuning with small batches.
-        memory_saving: convolutions at rest keep no input and ReLU modules one bit an entry; batch norms run fused.
+        memory_saving: convolutions at rest keep no input and ReLU modules one bit an entry; batch norms run fused, in training
+            together with a ReLU module that alone reads them, whose output theirs is then.
 
     ``where=`` of ``hw.apply`` leaves everything outside it as it was.
 
@@ -169,7 +171,7 @@ class BatchNormOnly(_Only):
             chosen |= {id(p) for p in output_layer(model, given)[1].parameters()}
         found = self._rest(model, sites, chosen)
         found += self._fresh(norms)
-        found += self._lighter(sites, chosen)
+        found += self._lighter(model, sites, chosen)
         return [*found, *record(model, self, sites)]
 
     def _fresh(self, norms: Sequence[Affine]) -> list[Edit]:
@@ -185,15 +187,17 @@ class BatchNormOnly(_Only):
                 found.append(_SetFresh(norm.module, key, nn.Parameter(new.detach()), name, words))
         return found
 
-    def _lighter(self, sites: Sequence[Site], chosen: set[int]) -> list[Edit]:
+    def _lighter(self, model: nn.Module, sites: Sequence[Site], chosen: set[int]) -> list[Edit]:
         found: list[Edit] = []
+        joined = norms_before_relu(model) if self.memory_saving and not self.freeze_stats else set()
         for site in sites:
             module: Any = site.module
             if is_batch_norm(module):
                 if self.freeze_stats:
                     _check_statistics(site.name, module)
                 if self.freeze_stats or self.memory_saving:
-                    found.append(Become(module, Still if self.freeze_stats else Trained, site.name))
+                    kind = Still if self.freeze_stats else Joined if id(module) in joined else Trained
+                    found.append(Become(module, kind, site.name))
                 continue
             mixin = lighter(module) if self.memory_saving else None
             if mixin is not None and not any(id(p) in chosen for p in module.parameters(recurse=False)):
