@@ -11,6 +11,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from torch import nn
 
 import headway as hw
+from headway.claims.no_prop_costs import compared_memory
 from headway.learning import (
     BackpropStack,
     ConditionalBlock,
@@ -21,6 +22,7 @@ from headway.learning import (
     fit_noprop,
     noprop_from,
 )
+from headway.learning.no_prop.fit import _Default, _Worker
 from headway.signals.saved import SavedBytes
 
 
@@ -49,6 +51,7 @@ def test_two_processes_train_what_one_does(embed, order):
     if embed == "onehot":
         # bitwise: blocks, their batch statistics, and the head
         assert same(model, twin) == []
+        assert together.losses == pytest.approx(alone.losses, rel=1e-5)
     moved = set(same(start, twin))
     trained = {name for name, _ in twin.named_parameters()}
     assert {n for n in trained if not n.endswith(".bias")} <= moved
@@ -100,6 +103,32 @@ def test_what_training_keeps_for_backward_does_not_grow_with_the_blocks():
         count.stop()
         saved[T] = count.total
     assert saved[2] > 0 and saved[8] == saved[2]
+
+
+def test_the_peak_of_memory_in_training_does_not_grow_with_the_blocks():
+    torch.manual_seed(0)
+    x, y = torch.randn(2048, 64), torch.randint(10, (2048,))
+    (few, few_by_backprop), (many, many_by_backprop) = (compared_memory(T, 64, x, y) for T in (2, 8))
+    # all blocks are trained, one after the other, and what one step needed serves the next
+    assert many["saved"] == few["saved"] and many_by_backprop["saved"] > 3 * few_by_backprop["saved"]
+    assert many["peak"] < 1.5 * few["peak"] + 4e6
+    assert many_by_backprop["peak"] > 2 * many["peak"]
+
+
+@pytest.mark.parametrize("order", ["sampled", "sequential"])
+def test_a_worker_trains_its_own_blocks_as_one_of_all_would_and_the_last_one_the_head(order):
+    torch.manual_seed(0)
+    alone = NoPropDT(block, 3, T=3)
+    parts = [copy.deepcopy(alone) for _ in range(2)]
+    make = _Default(torch.optim.AdamW)
+    sums = [_Worker(alone, batches(), 2, make, order, 0)().sums]
+    sums += [_Worker(part, batches(), 2, make, order, 0, rank, 2)().sums for rank, part in enumerate(parts)]
+    for name, value in alone.state_dict().items():
+        owner = int(name.split(".")[1]) % 2 if name.startswith("blocks") else 1
+        assert torch.equal(value, parts[owner].state_dict()[name]), name
+    for whole, first, last in zip(*sums, strict=True):
+        assert first[3] == 0 and first[1] + last[1] == whole[1] == last[3] == 9
+        assert first[0] + last[0] == pytest.approx(whole[0]) and last[2] == pytest.approx(whole[2])
 
 
 def test_bad_settings_of_training_are_refused():

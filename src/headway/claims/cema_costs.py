@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headway.claims.cema_streams import network, tent
 from headway.claims.evidence import Evidence, verdict
-from headway.claims.no_prop import _trim
+from headway.claims.no_prop_costs import trim
 from headway.learning.cloud_edge.affine import travelling
 from headway.learning.cloud_edge.client import EdgeClient
 from headway.learning.cloud_edge.cloud import CloudServer
@@ -69,7 +69,7 @@ def device(quick: bool) -> Evidence:
         )
         memory = {}
         for name, call in calls.items():
-            _trim()
+            trim()
             with PeakMemory() as peak:
                 call(x)
             memory[name] = peak.bytes / 1e6

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.claims.evidence import Evidence, verdict
+from headway.claims.no_prop_costs import block, kept_bytes, memory, parallel
 from headway.learning.no_prop.blocks import ConditionalBlock, dense_encoder
 from headway.learning.no_prop.classifier import ShuffledBatches
 from headway.learning.no_prop.continuous import NoPropCT
@@ -21,8 +20,6 @@ from headway.learning.no_prop.discrete import NoPropDT
 from headway.learning.no_prop.fit import fit_noprop
 from headway.learning.no_prop.schedules import LearnedSchedule
 from headway.learning.no_prop.stack import BackpropStack, confident_head
-from headway.measure import PeakMemory
-from headway.signals.saved import SavedBytes
 
 KEY = "no-prop"
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -31,7 +28,7 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 def measure(quick: bool) -> list[Evidence]:
     """Every claim; ``quick`` takes under half a minute, otherwise a few minutes."""
     with torch.random.fork_rng():
-        return [_accuracy(quick), _memory(quick), _continuous(quick), _parallel(quick)]
+        return [_accuracy(quick), memory(quick), _continuous(quick), parallel(quick)]
 
 
 def _digits() -> Data:
@@ -43,10 +40,6 @@ def _digits() -> Data:
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
     train, test = order[:1257], order[1257:]
     return images[train], labels[train], images[test], labels[test]
-
-
-def _block(width: int) -> nn.Module:
-    return ConditionalBlock(*dense_encoder(64, width), 10, width)
 
 
 @torch.no_grad()
@@ -76,7 +69,7 @@ def _accuracy(quick: bool) -> Evidence:
     data, rows = _digits(), []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        model = NoPropDT(lambda t: _block(width), 10, T)
+        model = NoPropDT(lambda t: block(width), 10, T)
         start = time.perf_counter()
         fit_noprop(model, ShuffledBatches(data[0], data[1], 128), epochs, seed=seed)
         row: dict[str, Any] = {"seed": seed, "seconds": time.perf_counter() - start}
@@ -87,7 +80,7 @@ def _accuracy(quick: bool) -> Evidence:
         row |= {"no-prop": statistics.fmean(draws), "draws": draws, "block 1 on noise": _right(first, data[3])}
         for rate in (1e-3,) if quick else (1e-3, 4e-3):
             torch.manual_seed(seed)
-            stack = BackpropStack([_block(width) for _ in range(T)], 10)
+            stack = BackpropStack([block(width) for _ in range(T)], 10)
             row[f"back-propagation, rate {rate:g}"] = _backprop(stack, data, epochs, rate)
         plain = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
         row["plain MLP"] = _backprop(plain, data, epochs, 1e-3)
@@ -124,73 +117,6 @@ def _quiet(peer: Any, X: Any, y: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peer.fit(X, y)
-
-
-def _trim() -> None:
-    """Gives freed memory back to the system, so that the next peak starts from what is in use."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that one loss keeps for backward."""
-    saved = SavedBytes()
-    saved.start(model)
-    loss()
-    saved.stop()
-    return saved.total
-
-
-def training_memory(model: nn.Module, step: Callable[[], Tensor], parts: list[list[nn.Parameter]]) -> dict[str, int]:
-    """Bytes kept for backward by one loss, and how far a whole step lifts resident memory once the optimiser has its state."""
-    optimizers = [torch.optim.AdamW(part, 1e-3) for part in parts]
-
-    def train() -> None:
-        step().backward()
-        for one in optimizers:
-            one.step()
-            one.zero_grad(set_to_none=True)
-
-    train()
-    kept = _kept(model, step)
-    _trim()
-    with PeakMemory() as peak:
-        train()
-    return {"saved": kept, "peak": peak.bytes}
-
-
-def _memory(quick: bool) -> Evidence:
-    depths, batch, width = (10, 20, 40), 256 if quick else 1024, 64 if quick else 128
-    x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
-    rows = []
-    for T in depths:
-        local = NoPropDT(lambda t: _block(width), 10, T)
-        whole = BackpropStack([_block(width) for _ in range(T)], 10)
-        ours = training_memory(local, lambda m=local: m.local_loss(x, y, 1), [[*local.blocks[0].parameters()]])
-        theirs = training_memory(whole, lambda m=whole: m.local_loss(x, y), [list(whole.parameters())])
-        rows.append({"T": T, "saved": ours["saved"], "peak": ours["peak"], "saved_backprop": theirs["saved"],
-                     "peak_backprop": theirs["peak"], "ratio": theirs["saved"] / ours["saved"]})  # fmt: skip
-    first, last = rows[0], rows[-1]
-    grown = {key: last[key] / max(first[key], 1) for key in ("saved", "peak", "saved_backprop", "peak_backprop")}
-    good = [grown["saved"] <= 1.01, grown["peak"] <= 1.3, last["ratio"] >= 0.8 * last["T"]]
-    return Evidence(
-        KEY,
-        "the memory of training does not grow with the number of blocks",
-        "0.64 against 1.17 GB on CIFAR-10, 0.49 against 0.87 GB on MNIST",
-        "; ".join(
-            f"T = {r['T']}: {r['saved'] / 1e6:.1f} MB kept for backward and a peak of {r['peak'] / 1e6:.1f} MB, back-propagation "
-            f"{r['saved_backprop'] / 1e6:.1f} and {r['peak_backprop'] / 1e6:.1f} MB" for r in rows
-        ),
-        f"back-propagation through the same blocks, batch {batch}, width {width}; peak: rise of resident memory over one step",
-        verdict(good),
-        f"from T = {first['T']} to {last['T']} NoProp's kept bytes grow {grown['saved']:.2f} times and its peak {grown['peak']:.2f} "
-        f"(asked: 1.01 and 1.3), back-propagation's {grown['saved_backprop']:.2f} and {grown['peak_backprop']:.2f}; at T = "
-        f"{last['T']} back-propagation keeps {last['ratio']:.1f} times as much (asked: 0.8 T). Parameters and optimiser state "
-        "grow with T in both",
-        rows=rows,
-    )  # fmt: skip
 
 
 class UnrolledODE(nn.Module):
@@ -241,8 +167,8 @@ def _continuous(quick: bool) -> Evidence:
         theirs = _seconds_to(target, lambda x, y, m=ode: F.cross_entropy(m(x), y), ode, data, 5, limit)
         x, y = data[0][:128], data[1][:128]
         kept = [
-            _kept(ct, lambda m=ct, x=x, y=y: m.local_loss(x, y)),
-            _kept(ode, lambda m=ode, x=x, y=y: F.cross_entropy(m(x), y)),
+            kept_bytes(ct, lambda m=ct, x=x, y=y: m.local_loss(x, y)),
+            kept_bytes(ode, lambda m=ode, x=x, y=y: F.cross_entropy(m(x), y)),
         ]
         rows.append({"seed": seed, "seconds": ours[0], "steps": ours[1], "accuracy": ours[2], "ode_seconds": theirs[0],
                      "ode_steps": theirs[1], "ode_accuracy": theirs[2], "ratio": theirs[0] / ours[0],
@@ -265,33 +191,3 @@ def _continuous(quick: bool) -> Evidence:
         f"{rows[0]['saved_ratio']:.1f} times the bytes for backward (asked: 10). A step of it costs more, but it may need fewer",
         rows=rows,
     )  # fmt: skip
-
-
-def _parallel(quick: bool) -> Evidence:
-    epochs, width, count, threads = 1 if quick else 4, 128, 24, torch.get_num_threads()
-    draw = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(128, 64, generator=draw), torch.randint(10, (128,), generator=draw)) for _ in range(count)]
-    rows, blocks = [], []
-    for workers in (1, 2):
-        torch.manual_seed(0)
-        model = NoPropDT(lambda t: _block(width), 10, 10)
-        torch.set_num_threads(1)
-        try:
-            fit = fit_noprop(model, batches, epochs, workers=workers)
-        finally:
-            torch.set_num_threads(threads)
-        rows.append({"workers": workers, "seconds": fit.seconds, "cpu_seconds": fit.cpu_seconds})
-        blocks.append(model.state_dict())
-    equal = all(torch.equal(value, blocks[1][name]) for name, value in blocks[0].items())
-    ratio, processor = (rows[0][key] / rows[1][key] for key in ("seconds", "cpu_seconds"))
-    return Evidence(
-        KEY,
-        "blocks train in parallel",
-        "argued, not measured",
-        f"{ratio:.2f} times as fast in two processes of five blocks each, {'bitwise the same' if equal else 'another'} model",
-        "one process with one thread, ten blocks, fixed W; start of processes not counted",
-        verdict([ratio >= 1.7, equal]),
-        f"asked: 1.7 times and the same blocks; {rows[0]['seconds']:.2f} s against {rows[1]['seconds']:.2f} s with one thread a "
-        f"process. By the processor time of the busier process, which other work hardly touches, it is {processor:.2f} times",
-        rows=rows,
-    )

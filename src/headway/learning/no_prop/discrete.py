@@ -98,25 +98,36 @@ class NoPropDT(LabelDenoiser):
             t = int(
                 torch.randint(1, self.T + 1, (), generator=generator, device=generator.device if generator else None)
             )
+        self._check(x, y, t)
+        if not len(x):
+            return self.nothing(self.blocks[t - 1])
+        # the head's noise is drawn first: it is the same whichever block is trained
+        return self.head_loss(y, generator) + self.denoising_loss(x, y, t, generator)
+
+    def _check(self, x: Tensor, y: Tensor, t: int) -> None:
         if not 1 <= t <= self.T:
             raise ValueError(f"blocks are counted from 1 to {self.T}; there is no block {t}")
         self.check_labels(y, len(x))
+
+    def denoising_loss(self, x: Tensor, y: Tensor, t: int, generator: torch.Generator | None = None) -> Tensor:
+        """(T/2) eta (SNR(t) - SNR(t-1)) ||u_t - u_y||^2, the part of block ``t``'s loss that no head takes part in."""
+        self._check(x, y, t)
         block = self.blocks[t - 1]
         if not len(x):
             return self.nothing(block)
         with self.full():
             u = self.real(self.W)[y]
-        # the head's noise is drawn first: it is the same whichever block is trained
-        shared = self.head_loss(y, generator)
-        with self.full():
             before = self.noised(u, t - 1, generator)
         logits = block(before, x)
         with self.full():
             error = (self.label(logits) - u).square().sum(1).mean()
-            return shared + 0.5 * self.T * self.eta * self.snr_steps[t - 1].to(error.dtype) * error
+            return 0.5 * self.T * self.eta * self.snr_steps[t - 1].to(error.dtype) * error
 
     def head_loss(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """CE(head(z_T), y) + KL(q(z_0 | y) || N(0, I)), the part of every block's loss that no block takes part in."""
+        self.check_labels(y, len(y))
+        if not len(y):
+            return self.nothing()
         with self.full():
             u = self.real(self.W)[y]
             last = self.noised(u, self.T, generator)

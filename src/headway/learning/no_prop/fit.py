@@ -31,7 +31,7 @@ class Fit:
     """How training went.
 
     Attributes:
-        losses: mean loss of each epoch; with several workers, of all of them.
+        losses: mean loss of each epoch, over all workers.
         seconds, cpu_seconds: from the first batch to the last, without the start of processes; of the slowest worker.
     """
 
@@ -72,7 +72,7 @@ def fit_noprop(
         )
     make = optimizer or _Default(model.optimizer_class)
     if workers == 1:
-        return _Worker(model, loader, epochs, make, order, seed)()
+        return _joined([_Worker(model, loader, epochs, make, order, seed)()])
     if not isinstance(model, NoPropDT):
         raise ValueError(f"{type(model).__name__} is one network and cannot be dealt out to {workers} workers; use 1")
     if any(hasattr(module, "held") for module in model.modules()):
@@ -88,9 +88,30 @@ class _Default:
         return self.kind(params, lr=1e-3, weight_decay=1e-3)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one worker did: for each epoch the sum and number of its blocks' losses, and of the head's; and its times."""
+
+    sums: list[tuple[float, int, float, int]]
+    seconds: float
+    cpu_seconds: float
+
+
+def _joined(parts: list[_Part]) -> Fit:
+    losses = []
+    for epochs in zip(*(part.sums for part in parts), strict=True):
+        blocks, count, head, heads = (sum(values) for values in zip(*epochs, strict=True))
+        losses.append(blocks / max(count, 1) + head / max(heads, 1))
+    return Fit(losses, max(part.seconds for part in parts), max(part.cpu_seconds for part in parts))
+
+
 @dataclass
 class _Worker:
-    """Trains the blocks whose number, counted from 0, leaves ``rank`` when divided by ``workers``."""
+    """Trains the blocks whose number, counted from 0, leaves ``rank`` when divided by ``workers``.
+
+    What blocks share is trained by all workers together where W is learned. With a fixed W no block asks for the head, and the last
+    worker, which has the fewest blocks, trains it.
+    """
 
     model: LabelDenoiser
     loader: Iterable[tuple[Tensor, Tensor]]
@@ -101,7 +122,7 @@ class _Worker:
     rank: int = 0
     workers: int = 1
 
-    def __call__(self) -> Fit:
+    def __call__(self) -> _Part:
         model, training = self.model, self.model.training
         blocks = model.blocks if isinstance(model, NoPropDT) else None
         self.optimizers = {
@@ -113,37 +134,41 @@ class _Worker:
         if blocks is None:
             idle = {id(p) for p in model.head.parameters()} - shared
             self.optimizers = {0: self._optimizer([p for p in model.parameters() if id(p) not in shared | idle])}
-        self.shared = self._optimizer(model.shared_parameters())
-        together = self.workers > 1 and model.learned
-        losses, start, cpu = [], time.perf_counter(), time.process_time()
+        self.together = self.workers > 1 and model.learned
+        self.leads = self.together or self.rank == self.workers - 1
+        self.shared = self._optimizer(model.shared_parameters()) if self.leads else None
+        sums, start, cpu = [], time.perf_counter(), time.process_time()
         device = model.W.device
         model.train()
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 for epoch in range(self.epochs):
-                    total, count = 0.0, 0
-                    for t, place, x, y in self._turns(epoch, together):
-                        torch.manual_seed(_mixed(self.seed, *place))
+                    own, head = [], []
+                    for t, place, x, y in self._turns(epoch):
+                        _seed(_mixed(self.seed, *place), device)
                         generator = torch.Generator(device).manual_seed(_mixed(self.seed, *place, 1))
-                        loss = self._step(t, x.to(device), y.to(device), generator, together)
-                        if t is not None:
-                            total, count = total + loss, count + 1
-                    losses.append(float(total) / max(count, 1))
+                        of_block, of_head = self._step(t, x.to(device), y.to(device), generator)
+                        own += [] if of_block is None else [of_block]
+                        head += [] if of_head is None else [of_head]
+                    sums.append((float(sum(own)), len(own), float(sum(head)), len(head)))
         finally:
             model.train(training)
             model.zero_grad(set_to_none=True)
-        return Fit(losses, time.perf_counter() - start, time.process_time() - cpu)
+        return _Part(sums, time.perf_counter() - start, time.process_time() - cpu)
 
     def _optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         trained = [p for p in params if p.requires_grad]
         return self.make(trained) if trained else None
 
-    def _turns(self, epoch: int, together: bool) -> Iterator[tuple[int | None, tuple[int, ...], Tensor, Tensor]]:
-        """Whose turn it is on every batch (0: the one network, None: a block of another worker), and its place in the plan."""
+    def _turns(self, epoch: int) -> Iterator[tuple[int | None, tuple[int, ...], Tensor, Tensor]]:
+        """Whose turn it is on every batch that concerns this worker (0: the one network, None: the head alone), and its place in the
+        plan."""
         own, T = sorted(self.optimizers), self.model.T if isinstance(self.model, NoPropDT) else 1
-        passes = -(-T // self.workers) if together else T
+        passes = -(-T // self.workers) if self.together else T
         for number in range(passes):
-            torch.manual_seed(_mixed(self.seed, epoch, number))
+            if self.order == "sequential" and not self.leads and number + 1 not in self.optimizers:
+                continue
+            _seed(_mixed(self.seed, epoch, number), self.model.W.device)
             i = -1
             for i, (x, y) in enumerate(self.loader):
                 turn = number
@@ -152,23 +177,33 @@ class _Worker:
                     turn = int(torch.randperm(passes, generator=draw)[number])
                 if own == [0]:
                     t: int | None = 0
-                elif together:
+                elif self.together:
                     t = own[turn] if turn < len(own) else None
                 else:
                     t = turn + 1 if turn + 1 in self.optimizers else None
-                yield t, (epoch, number, i), x, y
+                if t is not None or self.leads:
+                    yield t, (epoch, number, i), x, y
             if i < 0:
                 raise ValueError("the loader gave no batch, or can be iterated only once; pass a list or a DataLoader")
 
-    def _step(self, t: int | None, x: Tensor, y: Tensor, generator: torch.Generator, together: bool) -> Tensor:
+    def _step(
+        self, t: int | None, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Moves what is to be moved on a batch; the losses of the block (or network) and of the head."""
         model: Any = self.model
-        if t is None:
-            # every process trains the head alike, from what it knows of all batches: their labels
-            loss = model.head_loss(y, generator)
+        block = head = None
+        if t == 0:
+            block = model.local_loss(x, y, generator=generator)
         else:
-            loss = model.local_loss(x, y, t, generator) if t else model.local_loss(x, y, generator=generator)
-        loss.backward()
-        if together:
+            # the head's noise is drawn first in every process, so that a block meets the same noise in all of them
+            if self.leads:
+                head = model.head_loss(y, generator)
+            else:
+                model.noise(len(y), generator)
+            if t is not None:
+                block = model.denoising_loss(x, y, t, generator)
+        torch.stack([loss for loss in (head, block) if loss is not None]).sum().backward()
+        if self.together:
             for p in model.shared_parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= self.workers
@@ -176,7 +211,16 @@ class _Worker:
             if one is not None:
                 one.step()
                 one.zero_grad(set_to_none=True)
-        return loss.detach()
+        return None if block is None else block.detach(), None if head is None else head.detach()
+
+
+def _seed(value: int, device: torch.device) -> None:
+    """Seeds what draws without a generator. ``torch.manual_seed`` also tells every kind of device there is, which takes as long as a
+    head's step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
 
 
 def _mixed(*numbers: int) -> int:
@@ -203,12 +247,9 @@ def _in_processes(model: NoPropDT, workers: int, *plan: Any) -> Fit:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for part in found:
-            # W and the head are the same in all of them
             for name, value in part["state"].items():
                 tensors[name].copy_(value)
-    each = [part["losses"] for part in found]
-    wall, cpu = (max(part["seconds"][i] for part in found) for i in range(2))
-    return Fit([sum(epoch) / workers for epoch in zip(*each, strict=True)], wall, cpu)
+    return _joined([_Part(part["sums"], *part["seconds"]) for part in found])
 
 
 def _process(rank: int, folder: str, barrier: Any, workers: int, plan: tuple[Any, ...]) -> None:
@@ -217,11 +258,13 @@ def _process(rank: int, folder: str, barrier: Any, workers: int, plan: tuple[Any
     if model.learned:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
     barrier.wait()
-    fit = _Worker(model, *plan, rank=rank, workers=workers)()
+    worker = _Worker(model, *plan, rank=rank, workers=workers)
+    part = worker()
     own = tuple(f"blocks.{t - 1}." for t in range(1, model.T + 1) if (t - 1) % workers == rank)
-    state = {name: value for name, value in model.state_dict().items() if name.startswith((*own, "head.", "W"))}
+    shared = ("head.", "W") if worker.leads else ()
+    state = {name: value for name, value in model.state_dict().items() if name.startswith((*own, *shared))}
     torch.save(
-        {"state": state, "losses": fit.losses, "seconds": (fit.seconds, fit.cpu_seconds)}, Path(folder, f"{rank}.pt")
+        {"state": state, "sums": part.sums, "seconds": (part.seconds, part.cpu_seconds)}, Path(folder, f"{rank}.pt")
     )
     if model.learned:
         dist.destroy_process_group()
