@@ -120,6 +120,22 @@ def test_a_hugging_face_image_classifier_is_adapted_by_its_layer_norms():
     assert client.stats()["version"] == 1 and all("norm" in name for name in client.edge.source)
 
 
+def test_a_hugging_face_text_classifier_is_adapted_by_its_layer_norms():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, max_position_embeddings=16, num_labels=3)  # fmt: skip
+    edge, teacher = (transformers.BertForSequenceClassification(config) for _ in range(2))
+    cloud = CloudServer(edge, teacher, batch_size=8)
+    client = EdgeClient(edge, cloud, thresholds=EntropyThreshold(3, **EVERYTHING), background=False)
+    for length in (6, 9):
+        ids = torch.randint(20, (6, length))
+        assert client({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape == (6, 3)
+        client.synchronise()
+    client.edge.settle()
+    assert client.stats()["version"] == 1 and client.stats()["failures"] == 0
+    assert all("LayerNorm" in name for name in client.edge.source)
+
+
 @pytest.mark.parametrize("bad", [3, [torch.zeros(2)], torch.tensor(1.0), {"a": torch.zeros(2), "b": torch.zeros(3)}])
 def test_an_input_that_is_no_batch_is_refused(cloud, nets, bad):
     with pytest.raises(ValueError, match="first axis holds the samples"):
