@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.kernels.library import below_autograd, define, needs_grad
+from headway.kernels.library import Function, below_autograd, define, needs_grad
 from headway.kernels.region import reference
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -103,7 +103,7 @@ def _everywhere(x: Tensor, mask: Tensor, eps: float, released: bool) -> Tensor:
     return reference.statistics_of(mean, var, count, count.sum(0).clamp(min=1), eps, released)
 
 
-class _RegionNorm(torch.autograd.Function):
+class _RegionNorm(Function):
     @staticmethod
     def forward(ctx, x, hw, hb, vw, vb, pw, pb, mask, batch, unit, shared, eps, released, sync):
         with _quiet():
@@ -138,7 +138,7 @@ def _plain(x, hw, hb, vw, vb, pw, pb, *, mask, batch, unit, shared, eps, release
     return reference.norm(x, mask, hw, hb, vw, vb, pw, pb, None, batch, unit, shared, eps, released)[0]
 
 
-class _ChannelPool(torch.autograd.Function):
+class _ChannelPool(Function):
     @staticmethod
     def forward(ctx, x):
         with _quiet():
@@ -157,7 +157,7 @@ class _ChannelPool(torch.autograd.Function):
             return _pool_backward(gradient, index, ctx.shape[1]).reshape(ctx.shape)
 
 
-class _Unpool(torch.autograd.Function):
+class _Unpool(Function):
     """Linear in the gradient: its own derivative picks what was spread."""
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headway.kernels.library import below_autograd, define, needs_grad
+from headway.kernels.library import Function, below_autograd, define, needs_grad
 from headway.kernels.stencil import reference
 
 _forward = define(
@@ -36,7 +36,7 @@ def _quiet() -> Any:
     return nullcontext() if torch.compiler.is_compiling() else below_autograd()
 
 
-class _Stencil(torch.autograd.Function):
+class _Stencil(Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight, bias)
