@@ -306,6 +306,9 @@ def test_what_one_pass_does_not_do_is_left_to_the_optimiser():
     norms_stay(False)
     step(model, optimizer, x, y)
     norms_stay(True)
+    # as Accelerate calls it
+    optimizer.step(None)
+    norms_stay(True)
     later = optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None)
     step(model, optimizer, x, y)
     norms_stay(False)

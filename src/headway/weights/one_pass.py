@@ -47,7 +47,8 @@ class OnePass:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.done.clear()
-        if not self.nap.due() or args[1:] or kwargs or torch.compiler.is_compiling():
+        given = any(value is not None for value in (*args[1:], *kwargs.values()))
+        if not self.nap.due() or given or torch.compiler.is_compiling():
             return
         scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
         # a hook after this one may yet change the gradients
