@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from headway.kernels import large_step as kernel
-from headway.optim.sparse_rows import Rows, SparseRows, back, is_sparse, norms, row, rows_of, times_rows
+from headway.optim.sparse_rows import Rows, SparseRows, all_finite, back, is_sparse, row, rows_of, times_rows, zero_rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def signed(A: Any, y: Any) -> Rows:
         )
     if isinstance(A, Tensor):
         A = A.double()
-    if not torch.isfinite(A if isinstance(A, Tensor) else torch.from_numpy(A.csr.data)).all():
+    if not all_finite(A):
         raise ValueError("A holds NaN or infinity; remove or fill those entries first")
     values = set(y.unique().tolist())
     if not values <= {-1, 1}:
@@ -76,7 +76,7 @@ def signed(A: Any, y: Any) -> Rows:
                 f"labels are -1 and +1, or two values that are taken as those in order; they are {sorted(values)}"
             )
         y = torch.where(y == max(values), 1, -1)
-    empty = norms(A, 1) == 0
+    empty = zero_rows(A)
     if empty.any():
         raise ValueError(f"not separable: row {int(empty.nonzero()[0])} of A is zero; add a column of ones")
     return times_rows(A, y.double())

@@ -96,6 +96,24 @@ def norms(Z: Rows, dim: int) -> Tensor:
     return Z.norms(dim) if isinstance(Z, SparseRows) else Z.norm(dim=dim)
 
 
+def zero_rows(Z: Rows) -> Tensor:
+    """Which rows hold nothing but zeros, (n,). Of a dense matrix only rows that end in a zero are looked at as a whole."""
+    if isinstance(Z, SparseRows):
+        return norms(Z, 1) == 0
+    if Z.shape[1] == 0:
+        return torch.ones(len(Z), dtype=torch.bool, device=Z.device)
+    zero = Z[:, -1] == 0
+    if zero.any():
+        zero[zero.clone()] = (Z[zero] == 0).all(1)
+    return zero
+
+
+def all_finite(Z: Rows) -> bool:
+    """Whether no number is NaN or infinite. A sum tells it in one pass, except where finite numbers overflow."""
+    numbers = torch.from_numpy(Z.csr.data) if isinstance(Z, SparseRows) else Z
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
+
+
 def spectral_norm(Z: Rows, steps: int = 50) -> float:
     """The largest singular value; of a sparse matrix by power iteration (from below, to a fraction of a percent)."""
     if not isinstance(Z, SparseRows):

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from headway._features import features_of
 from headway.optim.normalized_gd import large_step_gd
-from headway.optim.sparse_rows import Rows, back, is_sparse, norms, rows_of, spectral_norm, times_rows, with_column
+from headway.optim.sparse_rows import (
+    Rows,
+    back,
+    is_sparse,
+    norms,
+    rows_of,
+    spectral_norm,
+    times_rows,
+    with_column,
+    zero_rows,
+)
 
 
 class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
@@ -136,20 +146,20 @@ class LargeStepLogisticRegression(ClassifierMixin, BaseEstimator):
 
     def _two(self, A: Rows, positive: Tensor) -> tuple[Tensor, int, bool]:
         y = positive.double() * 2 - 1
-        zero = norms(A, 1) == 0
+        zero = zero_rows(A)
         if zero.any():
             # no margin of a zero row is ever positive: it is left out, and the data count as not separated
             warnings.warn(
                 "not separable: a row of X is zero and there is no intercept", ConvergenceWarning, stacklevel=3
             )
-        kept = ~zero
-        if len(y[kept].unique()) < 2:
+            A, y = A[~zero], y[~zero]
+        if len(y.unique()) < 2:
             return torch.zeros(A.shape[1], dtype=torch.float64), 0, False
         more = {"pocket": self.pocket, "batch_size": self.batch_size, "seed": self._seed}
-        found = large_step_gd(A[kept], y[kept], self.gamma, self.normalized, self.max_iter, **more)
+        found = large_step_gd(A, y, self.gamma, self.normalized, self.max_iter, **more)
         theta = found.theta if math.isinf(self.gamma) else found.theta * min(self.gamma, 1e100)
         if self.polish:
-            theta = polished(times_rows(A[kept], y[kept]), found.theta, self.polish)
+            theta = polished(times_rows(A, y), found.theta, self.polish)
         return theta, found.n_iter, found.separated and not bool(zero.any())
 
     def _all(self, A: Rows, labels: Tensor) -> tuple[Tensor, int, bool]:
