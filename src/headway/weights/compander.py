@@ -108,10 +108,12 @@ class WeightCompander(nn.Module):
                 )
             if not bool(((tensor > 0) & tensor.isfinite()).all()):
                 raise ValueError(f"{name} must lie above 0; it is {value}")
+            # a vector even where it is one number: fully_shard takes no scalars
+            log = tensor.log().reshape(-1)
             if learn:
-                self.register_parameter(f"log_{name}", nn.Parameter(tensor.log()))
+                self.register_parameter(f"log_{name}", nn.Parameter(log))
             else:
-                self.register_buffer(f"log_{name}", tensor.log())
+                self.register_buffer(f"log_{name}", log)
         self.clamped = 0
         self._kept: tuple[Any, Tensor] | None = None
 
@@ -146,8 +148,8 @@ class WeightCompander(nn.Module):
         if self.granularity == "channel":
             shape = [1] * dims
             shape[self.channel_dim] = -1
-            a, b = a.view(shape), b.view(shape)
-        return a, b
+            return a.view(shape), b.view(shape)
+        return (a, b) if dims else (a.view(()), b.view(()))
 
     def forward(self, v: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled() or not _plain(v):
