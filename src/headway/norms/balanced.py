@@ -128,7 +128,8 @@ class TaskBalancedNorm(RunningStatistics, _BatchNorm):
         # before the output: a recomputation under checkpointing ends with the last tensor that the backward needs
         if moves and (planes.numel() or sync):
             self.num_batches_tracked.add_(1)
-        y, _, _, self._penalty = plane_step(
+        # past nn.Module's own bookkeeping of attributes, which takes longer than the penalty itself
+        y, _, _, self.__dict__["_penalty"] = plane_step(
             planes, self.weight, self.bias, (self.running_mean, self.running_var), self.eta, decay=self.decay, moves=moves,
             tasks=self._tasks(x), eps=self.eps, sync=sync,
         )  # fmt: skip

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from headway.kernels.library import below_autograd, define
+from headway.kernels.library import Function, below_autograd, define
 from headway.kernels.planes import reference
 
 
@@ -189,7 +189,7 @@ class Tasks:
         return reference.task_shares(self.weight, self.ids, self.counts, self.seen, self.renormalize)
 
 
-class _PlaneStep(torch.autograd.Function):
+class _PlaneStep(Function):
     """A training step as one operator forward and one or two backward."""
 
     @staticmethod
