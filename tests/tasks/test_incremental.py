@@ -31,6 +31,18 @@ def test_the_stream_shows_two_classes_at_a_time_once_and_replays_what_it_has_see
         assert int(next(again)[2].max()) == 4
 
 
+def test_several_passes_show_a_task_again_before_the_next_and_keep_each_sample_once():
+    once, twice = (get("digits-incremental", width=4, passes=n).train_batches(0, 10) for n in (1, 2))
+    assert len(twice.steps) == 2 * len(once.steps) and get("digits-incremental", passes=5).budget == "725 steps"
+    newest = [int(twice.task_of[twice.labels[step]].max()) for step in twice.steps]
+    assert newest == sorted(newest) and newest.count(0) == 2 * sum(
+        twice.task_of[once.labels[s]].max() == 0 for s in once.steps
+    )
+    assert torch.cat([step[:1] for step in twice.steps]).bincount().max() <= 2
+    with pytest.raises(ValueError, match="passes are at least 1"):
+        get("digits-incremental", passes=0)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 def test_a_task_that_a_comparison_can_run_with_and_without_balanced_norms(balanced):
     task = get("digits-incremental", width=8)

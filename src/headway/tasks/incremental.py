@@ -26,6 +26,7 @@ class DigitsIncremental(Images):
     Args:
         width: of the four convolutions. replay: replayed samples a step. capacity: of the buffer.
         strength: of the penalty of task-balanced norms.
+        passes: over each task before the next one; the buffer takes every sample once.
     """
 
     name = "digits-incremental"
@@ -33,11 +34,16 @@ class DigitsIncremental(Images):
     budget = "145 steps"
     learning_rate = 0.03
 
-    def __init__(self, width: int = 32, replay: int = 10, capacity: int = 100, strength: float = 0.1) -> None:
+    def __init__(
+        self, width: int = 32, replay: int = 10, capacity: int = 100, strength: float = 0.1, passes: int = 1
+    ) -> None:
         super().__init__()
-        if min(width, replay, capacity) < 1:
-            raise ValueError(f"width, replay and capacity are at least 1; they are {width}, {replay} and {capacity}")
-        self.width, self.replay, self.capacity, self.strength = width, replay, capacity, strength
+        if min(width, replay, capacity, passes) < 1:
+            raise ValueError(
+                f"width, replay, capacity and passes are at least 1; they are {width}, {replay}, {capacity} and {passes}"
+            )
+        self.width, self.replay, self.capacity, self.strength, self.passes = width, replay, capacity, strength, passes
+        self.budget = f"{145 * passes} steps"
         self._first = torch.arange(2)
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,11 +98,13 @@ class _Stream(Iterator[Batch]):
         buffer, self.steps, self.position = ReservoirBuffer(task.capacity, seed), [], 0
         for number in range(5):
             mine = torch.isin(self.labels, self.order[2 * number : 2 * number + 2]).nonzero()[:, 0]
-            for index in mine[torch.randperm(len(mine), generator=draw)].split(batch_size):
-                old = buffer.sample(task.replay)[0] if len(buffer) else index[:0]
-                self.steps.append(torch.cat([index, old]))
-                buffer.add(index)
-                self.last = len(self.steps) if number < 4 else self.last
+            for again in range(task.passes):
+                for index in mine[torch.randperm(len(mine), generator=draw)].split(batch_size):
+                    old = buffer.sample(task.replay)[0] if len(buffer) else index[:0]
+                    self.steps.append(torch.cat([index, old]))
+                    if not again:
+                        buffer.add(index)
+                    self.last = len(self.steps) if number < 4 else self.last
 
     def skip(self, steps: int) -> None:
         """Passes over ``steps`` batches at no cost."""
