@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.claims.evidence import Evidence, verdict
+from headway.claims.self_normalizing_depth import depth_claims
+from headway.claims.self_normalizing_nets import accuracy, fit, plain
 from headway.measure import paired
 from headway.signals.saved import SavedBytes
-from headway.tabular.self_normalizing import SNN
-from headway.tasks.tables import load_table, mlp
 from headway.weights.lecun import lecun_normal_
 from headway.weights.self_normalizing import SELU, selu
 from headway.weights.selu_moments import iterate, jacobian
@@ -32,7 +31,7 @@ FEED_FORWARD = ("SNN", "ReLU", "BatchNorm", "LayerNorm", "WeightNorm", "Highway"
 def measure(quick: bool = False) -> list[Evidence]:
     """Quick: under 25 s alone on one core; full: under 4.5 minutes."""
     with torch.random.fork_rng(devices=[]):
-        return [_attraction(), _variance(1 if quick else 3), _deep(quick), _tables(quick), _cost(quick)]
+        return [_attraction(), _variance(1 if quick else 3), *depth_claims(quick), _tables(quick), _cost(quick)]
 
 
 def _attraction() -> Evidence:
@@ -74,111 +73,6 @@ def _variance(seeds: int) -> Evidence:
                     f"{max(r['high'] for r in ours):.2f}; of single samples {first['sample_low']:.2f} to {first['sample_high']:.2f}",
                     f"ReLU with the He start: mean square {min(r['low'] for r in theirs):.2f} to {max(r['high'] for r in theirs):.2f}",
                     verdict([*kept, *closer]), f"within 0.15 of 1 for {sum(kept)} of {len(kept)} seed(s)", rows=rows)  # fmt: skip
-
-
-def _plain(kind: str, inputs: int, outputs: int, depth: int, width: int, dropout: float = 0.0) -> nn.Module:
-    if kind == "SNN":
-        return SNN(inputs, outputs, width, depth, dropout=dropout)
-    if kind in ("Highway", "ResNet"):
-        block = _Highway if kind == "Highway" else _Block
-        return nn.Sequential(
-            nn.Linear(inputs, width), *(block(width, dropout) for _ in range(depth - 1)), nn.Linear(width, outputs)
-        )
-    norm: Any = {"BatchNorm": "batch", "LayerNorm": "layer"}.get(kind, "none")
-    net = mlp(inputs, outputs, depth, width, norm)
-    if kind == "WeightNorm":
-        for layer in net:
-            if isinstance(layer, nn.Linear):
-                nn.utils.parametrizations.weight_norm(layer)
-    if not dropout:
-        return net
-    parts: list[nn.Module] = []
-    for layer in net:
-        parts += [layer, nn.Dropout(dropout)] if isinstance(layer, nn.ReLU) else [layer]
-    return nn.Sequential(*parts)
-
-
-class _Highway(nn.Module):
-    """x + t * (relu(H x) - x), t = sigmoid(T x), started near the identity ("Highway Networks", 2015, arXiv 1505.00387)."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.transform, self.gate, self.dropout = nn.Linear(width, width), nn.Linear(width, width), nn.Dropout(dropout)
-        nn.init.constant_(self.gate.bias, -1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sigmoid(self.gate(x)) * (self.dropout(torch.relu(self.transform(x))) - x)
-
-
-class _Block(nn.Module):
-    """x + W relu(BN(x))."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.norm, self.linear, self.dropout = nn.BatchNorm1d(width), nn.Linear(width, width), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.linear(torch.relu(self.norm(x))))
-
-
-def _fit(
-    net: nn.Module, x: Tensor, y: Tensor, rate: float, steps: int, batch: int, seed: int, momentum: float = 0.0
-) -> nn.Module:
-    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=momentum)
-    random = torch.Generator().manual_seed(seed)
-    net.train()
-    done = 0
-    while done < steps:
-        for rows in torch.randperm(len(x), generator=random).split(batch):
-            if len(rows) < 2 or done == steps:  # BatchNorm takes no single row
-                continue
-            loss = F.cross_entropy(net(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-    return net.eval()
-
-
-def _accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return (net(x).argmax(1) == y).double().mean().item()
-
-
-def _deep(quick: bool) -> Evidence:
-    x, y, test_x, test_y = load_table("digits")
-    kinds, epochs = ("SNN", "ReLU", "BatchNorm"), 15
-    steps = epochs * -(-len(x) // 32)
-    fixed = [(depth, 0.01, seed) for depth in ((32,) if quick else (8, 32)) for seed in range(1 if quick else 5)]
-    tuned = [] if quick else [(32, rate, 0) for rate in (0.001, 0.003, 0.03, 0.1)]
-    rows = []
-    for (depth, rate, seed), kind in product([*fixed, *tuned], kinds):
-        torch.manual_seed(seed)
-        net = _fit(_plain(kind, x.shape[1], 10, depth, 64), x, y, rate, steps, 32, seed)
-        rows.append(
-            {"net": kind, "depth": depth, "rate": rate, "seed": seed, "accuracy": _accuracy(net, test_x, test_y)}
-        )
-
-    def mean(kind: str, depth: int) -> float:
-        return statistics.fmean(r["accuracy"] for r in rows if (r["net"], r["depth"], r["rate"]) == (kind, depth, 0.01))
-
-    best = {
-        kind: max(r["accuracy"] for r in rows if r["net"] == kind and r["depth"] == 32 and r["seed"] == 0)
-        for kind in kinds
-    }
-    gaps = {kind: mean("SNN", 32) - mean(kind, 32) for kind in kinds[1:]}
-    good = [gap >= 0.2 for gap in gaps.values()]
-    told = "; ".join(
-        f"depth {d}: " + ", ".join(f"{k} {mean(k, d):.1%}" for k in kinds) for d in sorted({d for d, _, _ in fixed})
-    )
-    if tuned:
-        good += [best["SNN"] >= best[kind] for kind in kinds[1:]]
-        told += "; best of five rates at depth 32: " + ", ".join(f"{k} {v:.1%}" for k, v in best.items())
-    return Evidence(KEY, "deep self-normalising nets train where others do not", "qualitative",
-                    f"digits, width 64, SGD 0.01, {epochs} epochs, {len({s for _, _, s in fixed})} seed(s): {told}",
-                    "the same net with ReLU and the He start, and with BatchNorm and ReLU", verdict(good),
-                    "at depth 32 ahead by " + ", ".join(f"{gap:.1%} of {kind}" for kind, gap in gaps.items())
-                    + " (20 points are asked for)" + ("" if tuned else "; other rates only without --quick"), rows=rows)  # fmt: skip
 
 
 def _data(count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -230,9 +124,9 @@ def _tables(quick: bool) -> Evidence:
         def net(kind: str, setting: tuple) -> Callable[[np.ndarray], float]:
             depth, rate, dropout = setting
             torch.manual_seed(0)
-            model = _plain(kind, xt.shape[1], int(yt.max()) + 1, depth, 32, dropout)  # noqa: B023
-            _fit(model, xt[train], yt[train], rate, 120, 64, 0, momentum=0.9)  # noqa: B023
-            return lambda places: _accuracy(model, xt[places], yt[places])  # noqa: B023
+            model = plain(kind, xt.shape[1], int(yt.max()) + 1, depth, 32, dropout)  # noqa: B023
+            fit(model, xt[train], yt[train], rate, 120, 64, 0, momentum=0.9)  # noqa: B023
+            return lambda places: accuracy(model, xt[places], yt[places])  # noqa: B023
 
         def classic(make: Any) -> Callable[[np.ndarray], float]:
             model = make.fit(x[train], y[train])  # noqa: B023
