@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from headway.norms import EvoNormB0, EvoNormS0, LayerGraph, search_layers
+from headway.norms import EvoNormB0, EvoNormS0, LayerGraph, evo_search, search_layers
 from headway.norms.evo_anchors import ANCHORS, plain_anchor, residual_anchor, wide_anchor
 from headway.norms.evo_graph import INITIAL
 from headway.norms.evo_judge import Protocol, Training, judge, train_score
@@ -70,6 +70,11 @@ def test_a_longer_training_goes_on_where_a_shorter_one_stopped():
     assert [early, run.score(25)] == [train_score(small, layer, data(), steps, Protocol()) for steps in (10, 25)]
 
 
+def test_a_layer_whose_gradient_explodes_is_unstable_by_the_published_numbers():
+    graph = LayerGraph.from_formula("mul(square(x), x)")
+    assert judge(graph, [smaller], data(), Protocol(quality=None, steps=1)) == ("stability", [])
+
+
 def test_a_norm_of_the_gradient_that_passes_the_limit_is_unstable():
     graph = LayerGraph.from_formula(BN_RELU)
     climbing = Protocol(quality=None, stability=(3, 0.1, 1e-6), steps=1)
@@ -78,6 +83,29 @@ def test_a_norm_of_the_gradient_that_passes_the_limit_is_unstable():
         quality=None, stability=(3, 0.1, 1e8), steps=1, gradient_norm=lambda m, x, y, w: w[0].sum() * torch.inf
     )
     assert judge(graph, [small], data(), hooked) == ("stability", [])
+
+
+def test_one_anchor_that_fails_is_enough_for_the_first_rejection():
+    def deaf(layer):  # a net that hears nothing of its input
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 1),
+            layer(8),
+            torch.nn.Flatten(),
+            torch.nn.Linear(512, 10),
+            torch.nn.Threshold(1e9, 0.0),
+        )
+
+    graph, quick = LayerGraph.from_formula(BN_RELU), Protocol((30, 0.2), None, 30)
+    assert judge(graph, [small], data(), quick)[0] == ""
+    assert judge(graph, [small, deaf], data(), quick) == ("quality", [])
+
+
+def test_where_nothing_new_can_be_drawn_a_known_layer_counts_as_a_duplicate(monkeypatch):
+    monkeypatch.setattr(evo_search, "_draw", lambda *_: (LayerGraph.from_formula(BN_RELU), None))
+    judged = []
+    monkeypatch.setattr(evo_search, "judge", lambda graph, *_: judged.append(graph) or ("", [0.5]))
+    found = search_layers([small], data(), 3, **{**SETTINGS, "rerank": None})
+    assert len(judged) == 1 and found.rejections == {"duplicate": 2}
 
 
 def test_formulas_come_back_without_dead_nodes_and_in_one_order():
@@ -108,7 +136,7 @@ def test_the_pareto_front_keeps_what_nothing_beats():
 
 SETTINGS = {
     "population": 3,
-    "quality": (5, 0.05),
+    "quality": (5, 0.1),
     "stability": None,
     "steps": 10,
     "rerank": (2, 20),
@@ -135,6 +163,7 @@ def test_the_same_seed_gives_the_same_history_also_after_an_interruption(tmp_pat
     assert resumed.history == whole.history and resumed.ranked == whole.ranked
     assert len(whole.history) == 16 and sum(whole.rejections.values()) + len(whole.ranked) == 16
     assert whole.rejections and whole.ranked
+    assert len({c.formula for c in whole.history}) == 16, "what is known is drawn again"
     x = torch.randn(2, 6, 4, 4)
     assert whole.best.to_module(6)(x).shape == x.shape
     with pytest.raises(ValueError, match="other settings"):
