@@ -1,22 +1,31 @@
 """The claims of Batch-Channel Normalization and AdaB2N: a short run behind them, and verdicts that follow from made-up runs."""
 
 import pytest
+import torch
 
 from headway.claims import ada_b2n
 from headway.claims import batch_channel_norm as bcn
+from headway.tasks.microbatch import DigitsMicroBatch
 
 
 def rows(errors, dead=None, images=900):
     """Two seeds, half a point around each error."""
     found = []
     for (arm, batch), (error, spread) in errors.items():
-        run = {"arm": arm, "batch": batch, "images": images, "dead": (dead or {}).get(arm, 0)}
+        run = {
+            "arm": arm,
+            "batch": batch,
+            "images": images,
+            "dead": (dead or {}).get(arm, 0),
+            "rate": 0.3,
+            "net": "plain",
+        }
         found += [{**run, "seed": seed, "error": error + spread * (seed - 0.5)} for seed in range(2)]
     return found
 
 
 def test_a_run_reports_what_the_claims_are_made_of():
-    row = bcn.train("bcn+ws", 2, 8, 0)
+    row = bcn.train("bcn+ws", 2, 8, 0, 0.3, "residual")
     assert row["arm"] == "bcn+ws" and row["images"] == 8 and 0 <= row["error"] <= 100 and 0 <= row["dead"] <= 1
 
 
@@ -29,6 +38,34 @@ def test_micro_batches_are_held_against_batch_norm_with_large_batches(micro, pla
     errors |= {("bcn+ws", 1): (micro, 0), ("bcn+ws", 2): (micro, 0)}
     evidence = bcn.reaches(rows(errors))
     assert evidence.verdict == wanted and f"{micro - 1:+.1f}" in evidence.why
+
+
+def test_batch_norm_that_does_not_fail_with_small_batches_is_named():
+    errors = {
+        ("bn", 64): (1.0, 0),
+        ("bn", 2): (1.5, 0),
+        ("bn", 1): (9, 0),
+        ("bcn+ws", 1): (1, 0),
+        ("bcn+ws", 2): (1, 0),
+    }
+    evidence = bcn.reaches(rows(errors))
+    assert evidence.verdict == "partly" and "does not fail with batch 2 here" in evidence.why
+
+
+def test_each_arm_is_trained_at_the_rate_that_is_best_for_it_without_the_held_out_digits(monkeypatch):
+    parts, whole = bcn.validation(2).data(), DigitsMicroBatch().data()
+    assert len(parts[0]) + len(parts[2]) == len(whole[0]) and torch.equal(torch.cat([parts[0], parts[2]]), whole[0])
+    best = {"bn": 0.9, "bcn+ws": 0.1}
+
+    def trained(arm, batch, images, seed, rate, net, task=None):
+        error = 10.0 + (rate == best[arm]) if task is None else 10.0 - (rate == best[arm])
+        return {"arm": arm, "seed": seed, "rate": rate, "error": error, "images": images, "tried": task is not None}
+
+    monkeypatch.setattr(bcn, "train", trained)
+    found = bcn.compare([("bn", 64), ("bcn+ws", 1)], 100, 2, "plain", bcn.RATES, 30)
+    assert [(r["arm"], r["rate"], r["images"], r["tried"]) for r in found] == [
+        ("bn", 0.9, 100, False), ("bn", 0.9, 100, False), ("bcn+ws", 0.1, 100, False), ("bcn+ws", 0.1, 100, False)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ours, spread, wanted", [(10, 0.2, "holds"), (10, 3, "partly"), (20, 3, "does not hold here")])
