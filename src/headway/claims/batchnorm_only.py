@@ -298,6 +298,29 @@ def _nets(width: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     return full, lean, apply(copy.deepcopy(full), BatchNormOnly(memory_saving=False))
 
 
+def _products(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Nothing but the convolutions of a step in which their weights rest: forward, and the gradient of each input but the first."""
+    seen: list[tuple[Any, Any, Any]] = []
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    handles = [m.register_forward_hook(lambda m, given, out: seen.append((m, given[0], out))) for m in convolutions]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+
+    def run() -> None:
+        with torch.no_grad():
+            for conv, given, out in seen:
+                settings: Any = (conv.stride, conv.padding, conv.dilation)
+                F.conv2d(given, conv.weight, None, *settings)
+                if given is not x:
+                    torch.ops.aten.convolution_backward(
+                        out, given, conv.weight, None, *settings, False, [0, 0], conv.groups, [True, False, False]
+                    )
+
+    return run
+
+
 def _time(quick: bool) -> Evidence:
     rows, budget = [], 0.8 if quick else 8.0
     for width, side in _SIZES[:2] if quick else _SIZES:
@@ -305,9 +328,9 @@ def _time(quick: bool) -> Evidence:
         x, y = torch.randn(64, 3, side, side), torch.randint(10, (64,))
         ours = paired(_step(lean, x, y), _step(full, x, y), budget, 3)
         frozen = paired(_step(plain, x, y), _step(full, x, y), budget / 2, 3)
-        rows.append(
-            {"width": width, "side": side, "ratio": 1 / ours.ratio, "frozen": 1 / frozen.ratio, "ms": 1e3 * ours.ours}
-        )
+        bare = paired(_products(full, x), _step(full, x, y), budget / 2, 3)
+        row = {"width": width, "side": side, "ratio": 1 / ours.ratio, "frozen": 1 / frozen.ratio}
+        rows.append(row | {"products": 1 / bare.ratio, "ms": 1e3 * ours.ours})
     good = [row["ratio"] <= 0.7 for row in rows]
     return Evidence(
         KEY,
@@ -317,9 +340,10 @@ def _time(quick: bool) -> Evidence:
         "training everything in plain torch, ResNet-14, 64 images; with the weights merely frozen "
         + ", ".join(f"{r['frozen']:.2f}" for r in rows),
         verdict(good),
-        f"asked: at most 0.70; {sum(good)} of {len(good)} are; forward and the gradients of inputs are two thirds of the products, "
-        "and norms, additions and calls from Python come on top",
-        "two thirds of a full step's products",
+        f"asked: at most 0.70; {sum(good)} of {len(good)} are; norms, ReLUs, additions, fresh memory and calls from Python come "
+        "on top of the convolutions",
+        "the convolutions' forward and the gradients of their inputs alone, results dropped at once: "
+        + ", ".join(f"{r['products']:.2f}" for r in rows),
         rows,
     )
 
