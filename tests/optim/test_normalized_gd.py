@@ -367,6 +367,40 @@ def test_data_that_cannot_be_separated_end_with_a_warning_and_the_best_iterate()
     torch.testing.assert_close(certificate.weights.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+def test_the_mean_of_the_iterates_is_one_more_answer_where_nothing_separates():
+    A, y = separable(6, gap=0.0)
+    A, y = torch.cat([A, A[:1]]), torch.cat([y, -y[:1]])
+    found = large_step_gd(A, y, 10.0, max_iter=30, average=True, record=True)
+    torch.testing.assert_close(found.theta, found.history[1:].mean(0))
+    assert found.errors == int((signed(A, y) @ found.theta <= 0).sum()) >= 1
+
+
+def _part(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        A, y = separable(3, 60, 5, 0.05)
+        rows = slice(0, 20) if rank == 0 else slice(20, None)
+        group, found = torch.distributed.group.WORLD, []
+        for gamma in (0.5, 1e5, math.inf):
+            for normalized in (False, True):
+                found.append(large_step_gd(A[rows], y[rows], gamma, normalized, 200, group=group))
+        torch.save([(f.theta, f.n_iter, f.separated, f.errors) for f in found], f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_that_hold_parts_of_the_rows_take_the_steps_of_one_that_holds_all(tmp_path):
+    torch.multiprocessing.spawn(_part, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    A, y = separable(3, 60, 5, 0.05)
+    cases = [(gamma, normalized) for gamma in (0.5, 1e5, math.inf) for normalized in (False, True)]
+    for i, (gamma, normalized) in enumerate(cases):
+        whole = large_step_gd(A, y, gamma, normalized, 200)
+        for theta, *told in (rank[i] for rank in ranks):
+            torch.testing.assert_close(theta, whole.theta, rtol=1e-8, atol=1e-10)
+            assert told == [whole.n_iter, whole.separated, whole.errors]
+
+
 def test_a_certified_margin_is_the_best_one():
     from sklearn.svm import LinearSVC
 

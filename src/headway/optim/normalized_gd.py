@@ -106,8 +106,10 @@ def large_step_gd(
     *,
     lambda_: float = 0.0,
     pocket: bool = True,
+    average: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
+    group: Any = None,
 ) -> Result:
     """Steps of (Normalized) LR+GD from ``theta0`` (zero by default) until every margin is positive.
 
@@ -120,11 +122,15 @@ def large_step_gd(
         record: keep every iterate.
         lambda_: shrink theta by 1 - gamma lambda_ a step (finite gamma).
         pocket: where ``max_iter`` is reached, give back the iterate with the fewest errors, then the smallest violation.
+        average: where ``max_iter`` is reached, give back the mean of all iterates after the start instead.
         batch_size: step on so many rows at a time, shuffled anew by ``seed`` every epoch, normalised within the batch; all margins
             are looked at once an epoch. An extension of ours without a bound.
+        group: a process group of ``torch.distributed`` whose processes hold parts of the rows, with both labels among each one's
+            own or labels -1 and +1; every process returns the same. A step exchanges d + 3 numbers.
 
     Raises:
-        ValueError: bad data (:func:`signed`), ``gamma`` not positive, a ``theta0`` of another shape, ``batch_size`` below 1.
+        ValueError: bad data (:func:`signed`), ``gamma`` not positive, a ``theta0`` of another shape, ``batch_size`` below 1 or
+            together with ``group``.
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive (math.inf for the perceptron); it is {gamma}")
@@ -132,10 +138,12 @@ def large_step_gd(
         raise ValueError(f"gamma * lambda_ must lie in [0, 1); it is {gamma * lambda_}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is at least 1, or None for all rows at once; it is {batch_size}")
+    if batch_size is not None and group is not None:
+        raise ValueError("batch_size and group cannot be given together: processes step on all of their rows")
     Z = signed(A, y)
     # margins and step of the present iterate: of all rows, or of a batch, which says no margins between epochs
     steps = _batches(Z, gamma, normalized, batch_size, seed) if batch_size else _all_rows(Z, gamma, normalized)
-    errors = t = 0
+    errors, total, t = 0, _sum(len(Z), group), 0
     u = torch.zeros(Z.shape[1], dtype=torch.float64, device=Z.device)
     if theta0 is not None:
         start = torch.as_tensor(theta0, dtype=torch.float64)
@@ -144,11 +152,13 @@ def large_step_gd(
                 f"theta0 must have one entry a feature, {tuple(u.shape)}; its shape is {tuple(start.shape)}"
             )
         u = start.clone() if math.isinf(gamma) else start / gamma
-    path, best = [u.clone()] if record else [], (len(Z) + 1, math.inf, u)
+    path, best, mean = [u.clone()] if record else [], (total + 1, math.inf, u), torch.zeros_like(u)
     for t in range(max_iter + 1):
         m, step = steps(t, u, t == max_iter)
         if m is not None:
             errors, worst = int((m <= 0).sum()), float(m.min())
+            if group is not None:
+                errors, worst, step = _shared(m, step, gamma, normalized, group)
             if pocket and (errors, -worst) < best[:2]:
                 best = (errors, -worst, u.clone())
             if errors == 0 or t == max_iter:
@@ -157,12 +167,15 @@ def large_step_gd(
             # every sigma is 1/2 at theta = 0, however large gamma
             step = step / 2
         u = (u * (1 - gamma * lambda_) if lambda_ else u) + step
+        mean += (u - mean) / (t + 1)
         if record:
             path.append(u.clone())
     separated = errors == 0
     if not separated:
-        _warn(max_iter, errors, len(Z))
-        if pocket:
+        _warn(max_iter, errors, total)
+        if average:
+            u, errors = mean, _sum(int((Z @ mean <= 0).sum()), group)
+        elif pocket:
             errors, _, u = best
     return Result(u, t, separated, errors, torch.stack(path) if record else None, gamma)
 
@@ -184,6 +197,32 @@ def _batches(Z: Rows, gamma: float, normalized: bool, size: int, seed: int) -> _
         return margins, one_pass(Z[queue.pop()], u, gamma, normalized)[1]
 
     return step
+
+
+def _sum(number: int, group: Any) -> int:
+    """A whole number added up over the processes of a group."""
+    if group is None:
+        return number
+    found = torch.tensor(number, dtype=torch.int64)
+    torch.distributed.all_reduce(found, group=group)
+    return int(found)
+
+
+def _shared(m: Tensor, step: Tensor, gamma: float, normalized: bool, group: Any) -> tuple[int, float, Tensor]:
+    """Errors, smallest margin and step of all rows, from the margins and the step of this process's rows."""
+    wrong = m <= 0
+    # what the step of these rows was divided by, as a logarithm: sum(sigma) underflows
+    if not normalized:
+        weight = m.new_tensor(len(m)).log()
+    else:
+        weight = wrong.sum().to(m.dtype).log() if math.isinf(gamma) else F.logsigmoid(-gamma * m).logsumexp(0)
+    highest = torch.stack([weight, -m.min()])
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)
+    top, worst = highest.unbind()
+    share = (weight - top).exp() if bool(top.isfinite()) else torch.zeros_like(top)
+    sums = torch.cat([share * step, torch.stack([share, wrong.sum().to(m.dtype)])])
+    torch.distributed.all_reduce(sums, group=group)
+    return int(sums[-1]), -float(worst), sums[:-2] / sums[-2].clamp(min=torch.finfo(m.dtype).tiny)
 
 
 def _warn(max_iter: int, errors: int, n: int) -> None:
