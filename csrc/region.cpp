@@ -288,13 +288,12 @@ std::tuple<Tensor, Tensor> channel_pool(const Tensor& x_) {
   return {pooled, index};
 }
 
-Tensor channel_pool_backward(const Tensor& gradient, const Tensor& index, int64_t channels) {
+// the gradient of both (samples, 2, space) back to every channel of gx, or added onto what is there
+void unpool(const Tensor& gradient, const Tensor& index, Tensor& gx, int64_t channels, bool onto) {
   const Tensor g = packed(gradient);
-  const int64_t samples = g.size(0), space = g.size(2);
-  const int64_t sizes[3] = {samples, channels, space};
-  Tensor gx = headway::allocate(sizes, 3, g.scalar_type());
-  if (gx.numel() == 0) return gx;
-  const int64_t planes = samples * channels, parts = headway::parts_of(planes, gx.numel());
+  const int64_t samples = g.size(0), space = g.size(2), planes = samples * channels;
+  if (planes * space == 0) return;
+  const int64_t parts = headway::parts_of(planes, planes * space);
   headway::dispatch(g, [&](auto zero) {
     using T = decltype(zero);
     using C = headway::arithmetic_t<T>;
@@ -307,11 +306,23 @@ Tensor channel_pool_backward(const Tensor& gradient, const Tensor& index, int64_
         const int64_t n = r / channels;
         const C* from = wide.data() + 2 * n * space;
         HEADWAY_CALL(unpool_row<T>, data<T>(gx) + r * space, space, from, from + space, data<int32_t>(index) + n * space,
-                     int32_t(r % channels));
+                     int32_t(r % channels), onto);
       }
     });
   });
+}
+
+Tensor channel_pool_backward(const Tensor& gradient, const Tensor& index, int64_t channels) {
+  const int64_t sizes[3] = {gradient.size(0), channels, gradient.size(2)};
+  Tensor gx = headway::allocate(sizes, 3, gradient.scalar_type());
+  unpool(gradient, index, gx, channels, false);
   return gx;
+}
+
+void channel_pool_backward_(Tensor gx, const Tensor& gradient, const Tensor& index) {
+  if (!gx.is_contiguous() || gx.scalar_type() != gradient.scalar_type())
+    throw std::runtime_error("what is added to must be contiguous and of the gradient's type");
+  unpool(gradient, index, gx, gx.size(1), true);
 }
 }  // namespace
 
@@ -320,4 +331,5 @@ STABLE_TORCH_LIBRARY_IMPL(headway, CPU, m) {
   m.impl("region_norm_backward", TORCH_BOX(&region_norm_backward));
   m.impl("channel_pool", TORCH_BOX(&channel_pool));
   m.impl("channel_pool_backward", TORCH_BOX(&channel_pool_backward));
+  m.impl("channel_pool_backward_", TORCH_BOX(&channel_pool_backward_));
 }

@@ -170,17 +170,24 @@ static void pool_rows(const T* x, int64_t n, int64_t step, int64_t channels, ari
   }
 }
 
-// gx = mean, plus top where this channel held the maximum
+// gx = mean, plus top where this channel held the maximum; or that much more than gx was
 template <class T>
-static void unpool_row(T* gx, int64_t n, const arithmetic_t<T>* mean, const arithmetic_t<T>* top, const int32_t* index, int32_t channel) {
+static void unpool_row(T* gx, int64_t n, const arithmetic_t<T>* mean, const arithmetic_t<T>* top, const int32_t* index, int32_t channel,
+                       bool onto) {
   using C = arithmetic_t<T>;
   constexpr bool in_place = std::is_same_v<T, C>;
-  C out[kRun];
+  C room[kRun], out[kRun];
   for (int64_t i = 0; i < n; i += kRun) {
     const int64_t m = std::min(kRun, n - i);
     C* target = in_place ? reinterpret_cast<C*>(gx + i) : out;
+    if (onto) {
+      const C* before = widen(gx + i, room, m);
 #pragma omp simd
-    for (int64_t j = 0; j < m; j++) target[j] = mean[i + j] + (index[i + j] == channel ? top[i + j] : C(0));
+      for (int64_t j = 0; j < m; j++) target[j] = before[j] + mean[i + j] + (index[i + j] == channel ? top[i + j] : C(0));
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < m; j++) target[j] = mean[i + j] + (index[i + j] == channel ? top[i + j] : C(0));
+    }
     if constexpr (!in_place) store_row(out, gx + i, m);
   }
 }

@@ -108,12 +108,19 @@ def test_a_region_that_is_not_finite_takes_part_in_no_gradient_but_its_own(batch
 def test_mean_and_maximum_over_the_channels(dtype, samples, channels, space):
     x = numbers(samples, channels, space, dtype=dtype)
     _, index = both("channel_pool", x)
-    both("channel_pool_backward", numbers(samples, 2, space, dtype=dtype, seed=1), index, channels)
+    gradient = numbers(samples, 2, space, dtype=dtype, seed=1)
+    (found,) = both("channel_pool_backward", gradient, index, channels)
+    onto = numbers(samples, channels, space, dtype=dtype, seed=2)
+    mine, truth = onto.clone(), onto.clone()
+    OPS.channel_pool_backward_.default(mine, gradient, index)
+    reference.pool_backward_(truth, gradient, index)
+    torch.testing.assert_close(mine, truth, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    torch.testing.assert_close(truth, onto + found, rtol=CLOSE[dtype], atol=2 * CLOSE[dtype])
 
 
 def test_of_equal_maxima_the_first_has_the_gradient_and_nan_is_the_largest():
     x = torch.tensor([[1.0, 5, 2], [1, 5, torch.nan], [0, 7, 9]]).reshape(1, 3, 1, 3).requires_grad_()
-    pooled = channel_pool(x)
+    pooled = channel_pool(x)[1]
     torch.testing.assert_close(
         pooled, torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1), equal_nan=True
     )
@@ -133,5 +140,25 @@ def test_the_operators_keep_the_dispatchers_rules(kind):
         "region_norm_backward": (gy, x, mask, kept, *parameters, None, False, 1.0, False),
         "channel_pool": (x,),
         "channel_pool_backward": (gy[:, :2], index, 4),
+        "channel_pool_backward_": (x.clone(), gy[:, :2].contiguous(), index),
     }.items():
         opcheck(getattr(OPS, name).default, arguments)
+
+
+def test_what_else_is_made_of_the_pooled_input_has_its_gradient_too():
+    x = numbers(2, 3, 4, 5, dtype=torch.float64).requires_grad_()
+    pull = numbers(2, 2, 4, 5, dtype=torch.float64, seed=1)
+
+    def through(pool):
+        same, pooled = pool(x)
+        return torch.autograd.grad((same * 2).sin().sum() + (pooled * pull).sum(), x, create_graph=True)[0]
+
+    plain = through(lambda x: (x, torch.stack([x.mean(1), x.amax(1)], 1)))
+    torch.testing.assert_close(through(channel_pool), plain)
+    with torch.no_grad():
+        leaf = x.detach().clone().requires_grad_()
+    same, pooled = channel_pool(leaf)
+    ((same * 2).sin().sum() + (pooled * pull).sum()).backward()
+    torch.testing.assert_close(leaf.grad, plain.detach())
+    same, _ = channel_pool(leaf)
+    torch.testing.assert_close(torch.autograd.grad(same.sum(), leaf)[0], torch.ones_like(leaf))

@@ -272,7 +272,8 @@ class RegionNormL2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.num_features)
-        importance = torch.sigmoid(self.importance_conv(channel_pool(x)))
+        x, pooled = channel_pool(x)
+        importance = torch.sigmoid(self.importance_conv(pooled))
         region = importance.detach() >= self.threshold
         self.last_region = region
         return _region_norm(

@@ -66,6 +66,11 @@ _pool_backward = define(
     reference.pool_backward,
     lambda gradient, index, channels: gradient.new_empty((gradient.shape[0], channels, index.shape[1])),
 )
+_pool_backward_ = define(
+    "channel_pool_backward_(Tensor(a!) gx, Tensor gradient, Tensor index) -> ()",
+    reference.pool_backward_,
+    lambda *_: None,
+)
 
 
 def _quiet() -> Any:
@@ -139,6 +144,9 @@ def _plain(x, hw, hb, vw, vb, pw, pb, *, mask, batch, unit, shared, eps, release
 
 
 class _ChannelPool(Function):
+    """x and what is pooled of it. The gradient that x has from elsewhere arrives here, and the pool's is added onto it: nobody else
+    holds it, and a step reads and writes the whole input's size twice less."""
+
     @staticmethod
     def forward(ctx, x):
         with _quiet():
@@ -146,15 +154,23 @@ class _ChannelPool(Function):
         ctx.save_for_backward(index)
         ctx.shape = x.shape
         ctx.mark_non_differentiable(index)
-        return pooled, index
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), pooled, index
 
     @staticmethod
-    def backward(ctx, gradient, _):  # type: ignore[override]
+    def backward(ctx, gx, gradient, _):  # type: ignore[override]
         (index,) = ctx.saved_tensors
+        if gradient is None:
+            return gx
         if _twice():
-            return _Unpool.apply(gradient, index, ctx.shape)
+            found = _Unpool.apply(gradient, index, ctx.shape)
+            return found if gx is None else gx + found
         with _quiet():
-            return _pool_backward(gradient, index, ctx.shape[1]).reshape(ctx.shape)
+            if gx is None or torch.compiler.is_compiling() or not gx.is_contiguous() or gx.dtype != gradient.dtype:
+                found = _pool_backward(gradient, index, ctx.shape[1]).reshape(ctx.shape)
+                return found if gx is None else gx + found
+            _pool_backward_(gx, gradient, index)
+            return gx
 
 
 class _Unpool(Function):
@@ -211,13 +227,16 @@ def region_norm(
         return _norm(x, mask, *hole, *valid, *pixel, None, *settings)[0]
 
 
-def channel_pool(x: Tensor) -> Tensor:
-    """(samples, 2, *space): mean and maximum over the channels of (samples, channels, *space). Of several equal maxima the first has
-    the gradient."""
+def channel_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, and (samples, 2, *space): mean and maximum over the channels of (samples, channels, *space). Of several equal maxima the first
+    has the gradient.
+
+    What else is made of x is made of the x that is given back, by one operation alone, whose gradient is new: it is added to in place.
+    """
     x = x.contiguous()
     if torch.compiler.is_compiling() or needs_grad(x):
-        pooled = _ChannelPool.apply(x)[0]  # type: ignore[index]
+        x, pooled, _ = _ChannelPool.apply(x)  # type: ignore[misc]
     else:
         with below_autograd():
             pooled = _pool(x)[0]
-    return pooled.reshape(x.shape[0], 2, *x.shape[2:])
+    return x, pooled.reshape(x.shape[0], 2, *x.shape[2:])

@@ -178,3 +178,9 @@ def pool_backward(gradient: Tensor, index: Tensor, channels: int) -> Tensor:
     if gx.numel():
         gx.scatter_add_(1, index[:, None].long(), g[:, 1:])
     return gx.to(gradient.dtype)
+
+
+def pool_backward_(gx: Tensor, gradient: Tensor, index: Tensor) -> None:
+    """The same, added onto ``gx`` (samples, channels, *space), which is contiguous."""
+    found = pool_backward(gradient.to(wide(gradient.dtype)), index, gx.shape[1])
+    gx.add_(found.view(gx.shape))
