@@ -130,7 +130,7 @@ def gains(rows: list[dict[str, Any]]) -> Evidence:
         f"kappa 0.7, penalty 0.1, accuracy in percent. {'. '.join(told)}",
         f"the same net with batch norm, {_setting(rows)}; several passes replay 3 samples a step, one pass 10",
         verdict(clear),
-        f"asked: more than two standard errors above 0. {'; '.join(why)}. On 29 steps a task early features move, and what old "
+        f"asked: more than two standard errors above 0. {'; '.join(why)}. In so short a task early features move, and what old "
         "statistics say is out of date",
         rows=rows,
     )
