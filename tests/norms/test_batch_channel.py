@@ -302,6 +302,15 @@ def test_one_call_makes_a_batch_norm_net_ready_for_single_images(norm):
     assert before.shape == changed.eval()(x).shape
 
 
+@pytest.mark.parametrize(
+    "norm, groups, warns", [("bcn", 32, True), ("gn", 8, True), ("bcn", 4, False), ("estbn", 32, False)]
+)
+def test_groups_of_one_channel_each_bring_a_warning(norm, groups, warns, recwarn):
+    hw.apply(net()[:6], MicroBatch(norm=norm, num_groups=groups, ws=False))
+    said = [str(w.message) for w in recwarn if "one channel each" in str(w.message)]
+    assert len(said) == warns and all("narrowest has 8" in words for words in said)
+
+
 def test_without_batch_norms_there_is_nothing_to_change():
     with pytest.raises(hw.NothingToChange, match="BatchNorm2d"):
         convert_microbatch(nn.Sequential(nn.Conv2d(1, 2, 3)))

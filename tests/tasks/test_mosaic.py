@@ -49,7 +49,7 @@ def test_the_metric_is_100_for_the_right_answer_and_only_the_share_of_background
 def test_a_net_with_one_mosaic_a_step_learns_once_its_norms_are_for_micro_batches():
     task = get("digits-mosaic", width=8)
     torch.manual_seed(0)
-    model = hw.apply(task.model(0), hw.MicroBatch())
+    model = hw.apply(task.model(0), hw.MicroBatch(num_groups=4))
     assert sum(isinstance(module, BatchChannelNorm2d) for module in model.modules()) == 7
     optimizer, batches, losses = task.optimizer(model.parameters()), task.train_batches(0, 1), []
     for _ in range(40):

@@ -9,6 +9,7 @@ go on in the first stage.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,8 @@ class MicroBatch(Technique):
     Attributes:
         norm: "bcn" (batch-channel), "gn" (group norm alone) or "estbn" (the estimated batch norm alone).
         ws: standardise the weights too.
-        num_groups: groups of channels.
+        num_groups: groups of channels; a layer of few channels gets fewer. Give less than half the channels of the narrowest layer:
+            groups of one channel each are instance norm, behind which the first stage has no effect, and bring a warning.
         estimate: False takes the batch's own statistics in "bcn", for large batches.
         moving_speed: of the estimates.
         channel_affine: gain and offset of the second stage, one a "group" or one a "channel".
@@ -59,9 +61,21 @@ class MicroBatch(Technique):
 
     def edits(self, model: nn.Module, sites: Sequence[Site]) -> list[Edit]:
         found: list[Edit] = super().edits(model, sites)
+        self._warn_of_single_channels(sites)
         if self.ws and found:
             found += StandardiseWeights().edits(model, sites)
         return found
+
+    def _warn_of_single_channels(self, sites: Sequence[Site]) -> None:
+        widths = {site.name: site.module.num_features for site in sites if type(site.module) is nn.BatchNorm2d}
+        alone = [name for name, width in widths.items() if fitting_groups(width, self.num_groups, False) == width > 1]
+        if alone and self.norm != "estbn":
+            warnings.warn(
+                f"{len(alone)} norms get groups of one channel each ({', '.join(alone[:3])}), which is instance norm, where nothing of "
+                f"the batch statistic is left: num_groups is {self.num_groups} and the narrowest has {min(widths.values())} channels; "
+                "give num_groups so that several channels share a group",
+                stacklevel=4,
+            )
 
     def change(self, site: Site) -> nn.Module | None:
         old = site.module
