@@ -21,11 +21,8 @@ from headway.weights.standardising import standardize_convs
 
 KEY = "batch-channel-norm"
 LARGE, EPOCH = 64, 1437  # batch norm's batch size, and the images in one pass over the digits
-RATES = (
-    0.1,
-    0.3,
-    0.9,
-)  # of which every arm has its best, in proportion to the batch size (linear scaling, as in the paper): rate x batch / LARGE
+# every arm has its best of these, times batch / LARGE: linear scaling, as in the paper
+RATES = (0.1, 0.2, 0.4, 0.8)
 GROUPS = 4  # of channels: 32 of them would leave a channel or two to a group here, which is instance norm
 SINGLE = ("gn", "gn+ws", "bcn", "bcn+ws")  # what is trained with single images
 Net = Literal["plain", "residual"]
