@@ -82,3 +82,17 @@ def test_the_share_of_a_message_is_measured_on_what_was_sent():
     found = evidence.rows[1]
     assert values < found["update"] < values + 1500
     assert [r["share"] < 0.02 for r in evidence.rows].count(True) in (1, 2) and evidence.verdict == "partly"
+
+
+def test_what_the_rule_does_to_frozen_statistics_is_told_where_it_was_measured():
+    rows = [row(shift, 0.8, 0.7) for shift in cema.SHIFTS]
+    assert cema._frozen(rows) == ""
+    for one in rows:
+        one |= {
+            "CEMA, frozen": 0.5,
+            "random uploads, frozen": 0.45,
+            "CEMA, frozen: returns": 2,
+            "random uploads, frozen: returns": 3,
+        }
+    told = cema._frozen(rows)
+    assert "+5.0, +5.0 points" in told and "with 4 returns to the source after a collapse against 6" in told

@@ -60,6 +60,8 @@ def _run_all(quick: bool) -> list[dict[str, Any]]:
                 arms["random uploads, frozen"] = adapted(shift, seed, seen, **frozen, select=chance)
             row |= {name: arm.accuracy for name, arm in arms.items()}
             row |= {f"{name}: uploaded": arm.uploaded for name, arm in arms.items()}
+            row |= {f"{name}: returns": arm.stats["rollbacks"] for name, arm in arms.items()}
+            row["E_max"] = ours.stats["e_max"] / EntropyThreshold(10).e_max0
             rows.append(row | {"version": ours.stats["version"], "refused": ours.stats["refused_updates"]})
     return rows
 
@@ -143,9 +145,10 @@ def _frozen(rows: list[dict[str, Any]]) -> str:
     if arms[0] not in rows[0]:
         return ""
     gains = [_mean(rows, arms[0], shift) - _mean(rows, arms[1], shift) for shift in SHIFTS]
+    falls = [sum(row[f"{arm}: returns"] for row in rows) for arm in arms]
     return (
         f". Where uploads move no statistics of batch norm: {', '.join(f'{100 * gain:+.1f}' for gain in gains)} points, at "
-        f"{_listed(rows, arms[:1])}; a choice by entropy also moves the statistics away from those of the stream"
+        f"{_listed(rows, arms[:1])}, with {falls[0]} returns to the source after a collapse against {falls[1]}"
     )
 
 
@@ -180,6 +183,8 @@ def _filter(rows: list[dict[str, Any]], quick: bool) -> Evidence:
         ),
         verdict([*(share >= 0.2 for share in fewer.values()), falls]),
         "asked: 20 % fewer on both shifts, and less at the strongest noise than at the weakest. The lower threshold drops what the "
-        f"network is sure of; accuracy with the fixed one: {_listed(rows, ['fixed upper threshold', 'CEMA'])}",
+        "network is sure of, and the upper one follows the mean entropy, which may rise as the network adapts: E_max ends at "
+        + ", ".join(f"{_mean(rows, 'E_max', shift):.2f} ({shift})" for shift in SHIFTS)
+        + f" of its start. Accuracy with the fixed one: {_listed(rows, ['fixed upper threshold', 'CEMA'])}",
         rows=[{"noise": strength, "uploaded": share} for strength, share in zip(strengths, shares, strict=True)],
     )

@@ -22,6 +22,8 @@ _NAMES = {
     "Table": "headway.tasks.tables",
     "read_idx": "headway.tasks.idx",
     "read_cifar": "headway.tasks.cifar",
+    "read_cifar_c": "headway.tasks.corrupted",
+    "corrupted_stream": "headway.tasks.corrupted",
     "read_text": "headway.tasks.text_files",
     "read_image": "headway.tasks.image_files",
     "read_mask": "headway.tasks.image_files",
