@@ -27,7 +27,7 @@ from headway.learning.cloud_edge.shared import check_shareable
 from headway.learning.cloud_edge.steps import NotFinite
 
 log = logging.getLogger(__name__)
-_STARTUP = 180.0  # seconds a process may take until it has imported everything
+_STARTUP = 600.0  # seconds a process may take until it has imported everything; one that dies is noticed at once
 _GRACE = 2.0  # seconds in which the others notice that one is gone
 
 
