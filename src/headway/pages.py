@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway._files import write_bytes
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -61,22 +63,12 @@ def write_page(parts: Iterable[str], title: str, path: str | os.PathLike[str], s
 
     ``style`` is CSS of this page alone, behind the common one.
     """
-    path = Path(path)
     text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,'
         f'initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}{style}</style></head>'
         "<body><main>" + "\n".join(parts) + f"</main><script>{_SCRIPT}</script></body></html>"
     )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return write_bytes(path, text.encode())
 
 
 def cards(pairs: Iterable[tuple[str, str]]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import two_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -98,24 +99,18 @@ WAYS = {
 }
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        x, y = data()
-        found = {(way, name): WAYS[way](rank, make, x, y) for way in WAYS for name, make in MAKE.items()}
-        p = distribute_tensor(torch.zeros(2, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
-        with pytest.raises(TypeError, match="must be spread as well"):
-            here(torch.zeros(2, 2), p)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank):
+    x, y = data()
+    found = {(way, name): WAYS[way](rank, make, x, y) for way in WAYS for name, make in MAKE.items()}
+    p = distribute_tensor(torch.zeros(2, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with pytest.raises(TypeError, match="must be spread as well"):
+        here(torch.zeros(2, 2), p)
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import two_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,24 +40,18 @@ def train(model, part):
     return found
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        found = []
-        for settings in SETTINGS:
-            model = net(settings)
-            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-            found.append(train(model, slice(4 * rank, 4 * rank + 4)))
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank):
+    found = []
+    for settings in SETTINGS:
+        model = net(settings)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        found.append(train(model, slice(4 * rank, 4 * rank + 4)))
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("i", range(len(SETTINGS)), ids=lambda i: str(SETTINGS[i]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import two_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -38,34 +39,28 @@ def train(model, settings, x, y):
     return [p.detach() for p in whole], {n: r.clone() for n, r in nap.rho.items()}, nap.elr(optimizer)
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        (x, y), found = data(), {}
-        part = slice(4 * rank, 4 * rank + 4)
-        for i, settings in enumerate(SETTINGS):
-            model = net()
-            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-            found["fully_shard", i] = train(model, settings, x[part], y[part])
-        for name, placements, shape in (("inside rows", [Shard(1)], (2,)), ("twice", [Shard(0), Replicate()], (2, 1))):
-            for per in ("tensor", "row"):
-                whole = net()[3].weight.detach()
-                p = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", shape), placements))
-                nap = NaP([("p", p)], per=per, scale_offset="none")
-                with torch.no_grad():
-                    p.mul_(3).add_(0.1)
-                nap.project()
-                found[name, per] = p.full_tensor().detach(), nap.rho["p"], nap.skipped
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank):
+    (x, y), found = data(), {}
+    part = slice(4 * rank, 4 * rank + 4)
+    for i, settings in enumerate(SETTINGS):
+        model = net()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        found["fully_shard", i] = train(model, settings, x[part], y[part])
+    for name, placements, shape in (("inside rows", [Shard(1)], (2,)), ("twice", [Shard(0), Replicate()], (2, 1))):
+        for per in ("tensor", "row"):
+            whole = net()[3].weight.detach()
+            p = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", shape), placements))
+            nap = NaP([("p", p)], per=per, scale_offset="none")
+            with torch.no_grad():
+                p.mul_(3).add_(0.1)
+            nap.project()
+            found[name, per] = p.full_tensor().detach(), nap.rho["p"], nap.skipped
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("i", range(len(SETTINGS)), ids=lambda i: str(SETTINGS[i]))

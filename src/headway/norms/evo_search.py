@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from headway._files import write_bytes
 from headway.norms.evo_anchors import Anchor
 from headway.norms.evo_graph import GraphLayer, LayerGraph
 from headway.norms.evo_judge import Data, GradientNorm, NotFinite, Protocol, judge, train_score
@@ -269,9 +270,4 @@ def _load(file: str | os.PathLike[str] | None, settings: list[Any]) -> list[Cand
 def _save(file: str | os.PathLike[str] | None, settings: list[Any], history: list[Candidate]) -> None:
     if file is None:
         return
-    part = Path(f"{file}.{os.getpid()}.part")
-    with part.open("w") as out:
-        json.dump({"settings": settings, "history": [asdict(c) for c in history]}, out)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
+    write_bytes(file, json.dumps({"settings": settings, "history": [asdict(c) for c in history]}).encode())

@@ -54,6 +54,11 @@ class Batches(Iterator[Any]):
         return self.take(self._order[1][place * self.batch_size : (place + 1) * self.batch_size])
 
 
+def generator_of(seed: int, index: Tensor) -> torch.Generator:
+    """A generator that depends on the seed and on the first and last sample of a batch alone."""
+    return generator_for(seed, int(index[0]) * 7919 + int(index[-1]))
+
+
 def generator_for(seed: int, number: int) -> torch.Generator:
     """A generator that depends on the seed and a number alone; neighbouring numbers give unrelated draws."""
     mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)

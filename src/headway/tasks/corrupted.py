@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headway.tasks.files import DataError, find_file
+from headway.tasks.image_files import pillow, read_image
 
 _PICTURES = (".jpeg", ".jpg", ".png")
 
@@ -71,10 +72,7 @@ def corrupted_stream(
 
 
 def _pictures(folder: Path, batch_size: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    try:
-        from PIL import Image  # type: ignore[import-not-found]
-    except ImportError:
-        raise ImportError("reading pictures needs Pillow: pip install pillow") from None
+    pillow()  # said now, not at the first batch
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     files = [
         (file, number)
@@ -85,18 +83,11 @@ def _pictures(folder: Path, batch_size: int, seed: int | None) -> Iterator[tuple
     if not files:
         raise DataError(f"{folder} holds no <class>/<picture>.JPEG or .png; give the folder above the corruptions")
 
-    def read(file: Path) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0).float() / 255
-        except Exception as error:  # whatever a damaged picture makes of the decoder
-            raise DataError(f"{file} cannot be read as a picture ({error}); fetch it again") from None
-
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         order = _order(len(files), seed)
         for i in range(0, len(files), batch_size):
             chosen = [files[k] for k in order[i : i + batch_size]]
-            images = [read(file) for file, _ in chosen]
+            images = [read_image(file) for file, _ in chosen]
             if len({image.shape for image in images}) > 1:
                 raise DataError(f"the pictures of {folder} differ in size; ImageNet-C's are cropped to 224 x 224")
             yield torch.stack(images), torch.tensor([number for _, number in chosen])

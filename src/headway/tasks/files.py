@@ -7,6 +7,8 @@ import os
 import zlib
 from pathlib import Path
 
+from headway._files import write_bytes as write_bytes
+
 
 class DataError(ValueError):
     """A data file is missing, cut short, corrupt or of another kind. The message says what was found and what was expected."""
@@ -56,18 +58,3 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return gzip.decompress(raw)
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} is a gzip file that is cut short or damaged ({error}); fetch it again") from None
-
-
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Writes a file (first a new one, flushed to the disk, then renamed) and returns its path."""
-    path = Path(path)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return path

@@ -26,7 +26,8 @@ Hole = Literal["white", "black"]
 Size = tuple[int, int]
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """The package; ImportError where it is not installed."""
     try:
         import PIL.Image
         import PIL.ImageOps
@@ -37,7 +38,7 @@ def _pillow() -> Any:
 
 def _open(path: str | os.PathLike[str], grey: bool) -> Any:
     """The picture in 8 bits, upright, grey or in colours."""
-    pillow, path = _pillow(), Path(path)
+    package, path = pillow(), Path(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -45,16 +46,18 @@ def _open(path: str | os.PathLike[str], grey: bool) -> Any:
     if not raw:
         raise DataError(f"{path} is empty; a picture was expected")
     try:
-        with pillow.Image.open(io.BytesIO(raw)) as image:
+        with package.Image.open(io.BytesIO(raw)) as image:
             image.load()
-            image = pillow.ImageOps.exif_transpose(image)
+            image = package.ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # sixteen bits, which Pillow would clip
-            image = pillow.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+            image = package.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
         return image.convert("L" if grey else "RGB")
     except Exception as error:  # whatever a damaged picture makes of the decoder
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = "its kind is unknown" if "cannot identify" in what else what
-        raise DataError(f"{path} is no whole picture ({what}); fetch it again or leave it out") from None
+        raise DataError(
+            f"{path} cannot be read: it is no whole picture ({what}); fetch it again or leave it out"
+        ) from None
 
 
 def _window(image: Any, size: Size, zoom: float, place: tuple[float, float]) -> tuple[float, float, float, float]:
@@ -90,8 +93,7 @@ def read_image(
         )
     image = _open(path, channels == 1)
     if size is not None:
-        pillow = _pillow()
-        image = image.resize(size[::-1], pillow.Image.Resampling.BICUBIC, box=_window(image, size, zoom, place))
+        image = image.resize(size[::-1], pillow().Image.Resampling.BICUBIC, box=_window(image, size, zoom, place))
     pixels = torch.from_numpy(np.array(image))
     return (pixels[None] if channels == 1 else pixels.movedim(-1, 0)).float() / 255
 
@@ -109,7 +111,7 @@ def read_mask(path: str | os.PathLike[str], size: Size | None = None, hole: Hole
         raise ValueError(f'the hole is "white" or "black"; it is {hole!r}')
     image = _open(path, True)
     if size is not None:
-        image = image.resize(size[::-1], _pillow().Image.Resampling.NEAREST, box=_window(image, size, 1, (0.5, 0.5)))
+        image = image.resize(size[::-1], pillow().Image.Resampling.NEAREST, box=_window(image, size, 1, (0.5, 0.5)))
     light = torch.from_numpy(np.array(image))[None] >= 128
     return light if hole == "white" else ~light
 
@@ -122,7 +124,7 @@ def write_image(path: str | os.PathLike[str], image: Tensor) -> Path:
     Raises:
         ValueError: another shape, something not finite, or an end that names no kind of picture. ImportError: Pillow is not installed.
     """
-    pillow, path = _pillow(), Path(path)
+    package, path = pillow(), Path(path)
     pixels = image.detach().float().cpu()
     pixels = pixels[0] if pixels.dim() == 4 and len(pixels) == 1 else pixels
     if pixels.dim() != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel() or not torch.isfinite(pixels).all():
@@ -131,7 +133,9 @@ def write_image(path: str | os.PathLike[str], image: Tensor) -> Path:
         raise ValueError(f"{path} names no kind of picture; end it with one of {', '.join(SUFFIXES)}")
     array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(0, -1).squeeze(-1).numpy()
     buffer = io.BytesIO()
-    pillow.Image.fromarray(array).save(buffer, pillow.Image.registered_extensions()[path.suffix.lower()], **_fine(path))
+    package.Image.fromarray(array).save(
+        buffer, package.Image.registered_extensions()[path.suffix.lower()], **_fine(path)
+    )
     return write_bytes(path, buffer.getvalue())
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.surgery import Site, Technique
-from headway.tasks.batches import Batches, generator_for
+from headway.tasks.batches import Batches, generator_of
 from headway.tasks.digits import _sklearn_digits
 from headway.tasks.image_files import ImageFiles, taken
 from headway.tasks.task import Task
@@ -53,7 +53,7 @@ class Inpainting(Task):
         images, masks = self.images()[0], self.masks()[0]
 
         def take(index: Tensor) -> Batch:
-            draw = generator_for(seed, int(index[0]) * 7919 + int(index[-1]))
+            draw = generator_of(seed, index)
             chosen = taken(masks, torch.randint(len(masks), (len(index),), generator=draw), draw)
             fill = self._fill(len(index), draw)
             return taken(images, index, draw), chosen, fill

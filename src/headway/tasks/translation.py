@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.tasks.batches import Batches, generator_for
+from headway.tasks.batches import Batches, generator_of
 from headway.tasks.digits import _sklearn_digits
 from headway.tasks.image_files import ImageFiles, taken
 from headway.tasks.task import Task
@@ -139,7 +139,7 @@ class _Unpaired(Iterator[Pair]):
 
 
 def _take(images: Tensor | ImageFiles, seed: int) -> Callable[[Tensor], Tensor]:
-    return lambda index: taken(images, index, generator_for(seed, int(index[0]) * 7919 + int(index[-1])))
+    return lambda index: taken(images, index, generator_of(seed, index))
 
 
 def check_sizes(base_dim: int, size: int) -> None:

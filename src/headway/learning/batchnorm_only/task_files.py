@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway._files import write_bytes
 from headway.learning.batchnorm_only.choose import Affine, affine_normalisers, output_layer
 
 
@@ -108,19 +109,7 @@ def save_task(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path
     """Writes a task as one safetensors file: first a new file, flushed to the disk, then renamed."""
     from safetensors.torch import save
 
-    path = Path(path)
-    content = save({name: tensor.detach().contiguous() for name, tensor in state.items()})
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with open(fresh, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
-    return path
+    return write_bytes(path, save({name: tensor.detach().contiguous() for name, tensor in state.items()}))
 
 
 def load_norms(model: nn.Module, path: str | os.PathLike[str], strict: bool = True) -> tuple[list[str], list[str]]:

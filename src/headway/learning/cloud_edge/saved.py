@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headway._files import write_bytes
 from headway.learning.cloud_edge.messages import BadMessage, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -64,16 +65,7 @@ def new_epoch() -> int:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a new file, flushes it to the disk, and puts it in the place of the old one."""
-    fresh = file.with_name(f".{file.name}.new")
-    try:
-        with open(fresh, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(fresh, file)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    write_bytes(file, content)
     with contextlib.suppress(OSError):  # systems that cannot open a folder do without
         folder = os.open(file.parent, os.O_RDONLY)
         try:
